@@ -340,8 +340,8 @@ def implausible_units(image: np.ndarray) -> Optional[str]:
     stored = (median - band.offset) / band.scale
     return (
         f"the median of the thermal band is {stored:.0f}, which reads as {median:.1f} K; expected "
-        "Collection-2 Level-2 scaled integers (about 20000 to 50000). The mask will be poor; export the tile as "
-        "Level-2 data"
+        "Collection-2 Level-2 scaled integers (about 20000 to 50000). The mask will be poor; export the tile "
+        "as Level-2 data"
     )
 
 
@@ -591,7 +591,7 @@ VIEWS = (
 
 
 def pad_to_multiple(x: torch.Tensor, multiple: int = STRIDE) -> torch.Tensor:
-    """Return (B, C, H, W) padded below and right with zeros, the networks' nodata, to multiples of `multiple`."""
+    """Return (B, C, H, W) padded below and right with zeros (nodata) to multiples of `multiple`."""
     height, width = x.shape[2:]
     return nn.functional.pad(x, (0, -width % multiple, 0, -height % multiple))
 

@@ -1,0 +1,1 @@
+"""Raw data to tile store: labels, statistics, folds and the commands that write `data/<name>/`."""

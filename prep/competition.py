@@ -1,0 +1,204 @@
+"""The organisers' training tiles to a tile store: `python -m prep competition`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import cv2
+import numpy as np
+import tifffile
+from tqdm import tqdm
+
+from prep import folds, label_files, stats, store
+from prep.label_files import LabelFile
+from prep.labels import IGNORE, count_codes
+from solution import TileError, TileFiles, find_tiles, implausible_units, read_tile, valid_mask, warn
+
+PHASE_OPTIONS = {"auto": None, "1": "phase1", "2": "phase2"}
+
+
+class PrepError(Exception):
+    """The data cannot become a store; the message lists every problem found, and nothing was written."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        """Take one message a problem."""
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"{len(problems)} problem(s), no store written:\n{lines}")
+        self.problems = list(problems)
+
+
+class Labels(NamedTuple):
+    """The chosen labels: `files` and `phases` ("phase1", "phase2") by tile id, and `problems` found."""
+
+    files: dict[str, LabelFile]
+    phases: dict[str, str]
+    problems: list[str]
+
+
+class Summary(NamedTuple):
+    """What `prepare` wrote: the rows of tiles.csv, and the content of stats.json and folds.json."""
+
+    folder: Path
+    tiles: list[store.TileRow]
+    stats: dict
+    folds: dict
+
+
+def prepare(
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    seed: int = 0,
+    phase: str = "auto",
+    overwrite: bool = False,
+) -> Summary:
+    """Write the tile store `out` from the training folder `data`, complete or not at all.
+
+    Args:
+        data: holds Band1 ... Band5 and label/, label_phase2/ or both, of which the latter goes first.
+        seed: of the stratified folds.
+        phase: what label/ holds: "1", "2" or "auto" (phase 2 where 85 or 170 occurs in it). label_phase2/ is
+            always phase 2.
+        overwrite: replace an older store at `out`.
+
+    Raises:
+        PrepError: unreadable tiles or labels, or labels that cannot be right; all of them are listed.
+        solution.InputError: no tiles. StoreError: `out` is in the way. FoldError: fewer tiles than folds.
+    """
+    if not overwrite:
+        store.refuse_existing(out)
+    tiles = find_tiles(data)
+    labels = read_labels(Path(data), phase)
+    labelled = _match(tiles, labels)
+    with store.create(out) as writer:
+        rows, statistics = _write_tiles(writer, labelled, labels)
+        divided = folds.make_folds(rows, seed)
+        writer.write_index(rows, statistics, divided, _provenance(Path(data), seed, rows))
+    return Summary(Path(out), rows, statistics, divided)
+
+
+def read_labels(data: Path, phase: str) -> Labels:
+    """Survey label/ and label_phase2/, check their values, choose each tile's label: phase 2 first."""
+    found = Labels({}, {}, [])
+    for name in label_files.PHASE_FOLDERS:  # phase 2 comes last and replaces phase 1
+        surveyed, problems = label_files.survey(data / name)
+        scheme = _phase_of(name, surveyed, phase)
+        problems += label_files.scheme_problems(surveyed, scheme)
+        if scheme == "phase2":
+            problems += label_files.disguise_problems(surveyed)
+        found.problems.extend(problems)
+        found.files.update({label.tile_id: label for label in surveyed})
+        found.phases.update({label.tile_id: scheme for label in surveyed})
+    if not found.files and not found.problems:
+        wanted = " or ".join(f"{name}/" for name in label_files.PHASE_FOLDERS)
+        raise PrepError([f"{data}: no label found; expected TIFF or PNG files in {wanted}"])
+    return found
+
+
+def _phase_of(folder: str, surveyed: Sequence[LabelFile], option: str) -> str:
+    if folder == label_files.PHASE_FOLDERS[1]:
+        return "phase2"
+    return PHASE_OPTIONS[option] or label_files.detect_phase(surveyed)
+
+
+def _match(tiles: Sequence[TileFiles], labels: Labels) -> list[TileFiles]:
+    """Return the tiles that have a label; warn of tiles without a label and labels without a tile."""
+    for tile in tiles:
+        if tile.tile_id not in labels.files:
+            warn(f"tile {tile.tile_id} ({tile.name}) has no label and is left out")
+    for identifier in sorted(set(labels.files) - {tile.tile_id for tile in tiles}):
+        warn(f"{labels.files[identifier].path} belongs to no tile and is not used (tile id {identifier})")
+    return [tile for tile in tiles if tile.tile_id in labels.files]
+
+
+def _write_tiles(
+    writer: store.StoreWriter, tiles: Sequence[TileFiles], labels: Labels
+) -> tuple[list[store.TileRow], dict]:
+    """Convert all tiles; return their rows and the statistics.
+
+    Raises:
+        PrepError: something was wrong with some tile or label; raised once every tile was looked at.
+    """
+    rows, problems, accumulator = [], list(labels.problems), stats.BandAccumulator()
+    for files in tqdm(tiles, desc="tiles", unit="tile", disable=None):
+        label, phase = labels.files[files.tile_id], labels.phases[files.tile_id]
+        try:
+            image = read_tile(files)
+            mask = make_mask(image, label, phase)
+        except TileError as error:
+            problems.append(str(error))
+            continue
+        writer.write_tile(files.tile_id, image, mask)
+        accumulator.add(image)
+        rows.append(_describe(files, phase, mask))
+    if not tiles and not problems:
+        problems.append("no tile has a label: the tile ids in Band1 and in the label folders differ")
+    if problems:
+        raise PrepError(problems)
+    return rows, stats.describe(accumulator.result())
+
+
+def make_mask(image: np.ndarray, label: LabelFile, phase: str) -> np.ndarray:
+    """Return the mask of codes, (H, W) uint8, for an image (H, W, 5); nodata pixels become IGNORE.
+
+    Warns where the label marks nodata pixels, which no genuine label does, and where the units look wrong.
+
+    Raises:
+        TileError: the label's shape is not the tile's.
+    """
+    if label.shape != image.shape[:2]:
+        raise TileError(
+            f"{label.path}: {label.shape[1]} x {label.shape[0]} px, expected {image.shape[1]} x "
+            f"{image.shape[0]} px as in tile {label.tile_id}; export the label on the tile's grid"
+        )
+    mask = label_files.to_codes(label_files.read_label(label.path), phase)
+    nodata = ~valid_mask(image)
+    marked = int(np.count_nonzero(mask[nodata]))
+    if marked:
+        warn(f"{label.path} marks {marked:,} px without data, ignored here; does it belong to this tile?")
+    units = implausible_units(image)
+    if units:
+        warn(f"tile {label.tile_id}: {units}")
+    mask[nodata] = IGNORE
+    return mask
+
+
+def _describe(files: TileFiles, phase: str, mask: np.ndarray) -> store.TileRow:
+    place = re.fullmatch(r"(\d+)_(\d+)", files.tile_id)
+    row, col = (int(place[1]), int(place[2])) if place else (None, None)
+    valid_share = float((mask != IGNORE).mean())
+    return store.TileRow(files.tile_id, files.name, row, col, phase, valid_share, count_codes(mask))
+
+
+def _provenance(data: Path, seed: int, rows: Sequence[store.TileRow]) -> dict:
+    """Return the content of store.json: where the store comes from, without a path of this machine."""
+    by_phase = {phase: sum(row.labels == phase for row in rows) for phase in label_files.PHASES}
+    versions = {module.__name__: module.__version__ for module in (np, tifffile, cv2)}
+    return {
+        "command": "competition",
+        "source": data.resolve().name,
+        "seed": seed,
+        "tiles": len(rows),
+        "labels": by_phase,
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def format_summary(summary: Summary) -> str:
+    """Return the statistics, both fold tables and a closing line."""
+    tables = [
+        folds.format_table(scheme, summary.folds[scheme], summary.tiles)
+        for scheme in ("stratified", "spatial")
+    ]
+    phases = " and ".join(
+        f"{count} with {phase} labels"
+        for phase in label_files.PHASES
+        if (count := sum(tile.labels == phase for tile in summary.tiles))
+    )
+    valid = np.mean([tile.valid_share for tile in summary.tiles])
+    closing = f"{summary.folder}: {len(summary.tiles)} tiles written, {phases}; {valid:.1%} of pixels valid"
+    return "\n\n".join([stats.format_table(summary.stats), *tables, closing])

@@ -1,0 +1,177 @@
+"""The organisers' label files: finding them, telling phase 1 from phase 2, refusing what cannot be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterable, NamedTuple
+
+import cv2
+import numpy as np
+
+from prep.labels import GLACIER_OR_DEBRIS
+from solution import CLASS_NAMES, CLASS_VALUES, TIFF_SUFFIXES, TileError, decode_tiff, tile_id
+
+PHASE_FOLDERS = ("label", "label_phase2")  # phase 2 is read where present
+LABEL_SUFFIXES = (*TIFF_SUFFIXES, ".png")
+PHASES = ("phase1", "phase2")
+
+LAKE_VALUE = CLASS_VALUES[CLASS_NAMES.index("lake")]
+GLACIER_VALUES = (CLASS_VALUES[CLASS_NAMES.index("glacier")], CLASS_VALUES[CLASS_NAMES.index("debris")])
+
+# What a grey value becomes in a mask. 255 is a glacier of either kind in phase 1, a lake in phase 2.
+VALUE_CODES: dict[str, dict[int, int]] = {
+    "phase1": {0: 0, 255: GLACIER_OR_DEBRIS},
+    "phase2": {value: index for index, value in enumerate(CLASS_VALUES)},
+}
+SCHEMES = {
+    "phase1": "0 (other) and 255 (glacier of either kind)",
+    "phase2": ", ".join(f"{value} ({name})" for value, name in zip(CLASS_VALUES, CLASS_NAMES)),
+}
+
+# Lakes cover 0.05 % of the published phase-2 area, glaciers of phase 1 14 to 52 % of a tile. A folder with
+# more "lake" than the first share and no glacier at all holds phase-1 labels. For one tile among genuine
+# phase-2 labels the bar is higher: it may have a large lake and no glacier, but 5 % of a 512 px tile are
+# 12 km2, twice the largest glacial lakes of the Himalaya.
+LARGEST_LAKE_SHARE_OF_FOLDER = 0.02
+LARGEST_LAKE_SHARE_OF_TILE = 0.05
+
+EXPLANATION = (
+    "These are phase-1 values: there 255 marks glaciers, in phase 2 it marks lakes, which cover about 0.05 % "
+    "of the area. Keep phase-1 labels in label/ (--phase 1) and phase-2 labels in label_phase2/"
+)
+
+
+class LabelFile(NamedTuple):
+    """One label file and what it holds: `counts` are pixels per distinct value, `shape` is (H, W)."""
+
+    tile_id: str
+    path: Path
+    shape: tuple[int, int]
+    counts: dict[float, int]
+
+    def share(self, value: int) -> float:
+        """Return the share (0-1) of the pixels that have this grey value."""
+        return self.counts.get(value, 0) / max(1, sum(self.counts.values()))
+
+    def has_glacier_values(self) -> bool:
+        """Tell whether 85 or 170 occurs, which only phase-2 labels have."""
+        return any(value in self.counts for value in GLACIER_VALUES)
+
+
+def read_label(path: Path) -> np.ndarray:
+    """Return a label file's values as stored, (H, W), any number type; 0 stays 0 (for bands it is nodata).
+
+    Raises:
+        TileError: unreadable, or more than one channel.
+    """
+    pixels = decode_tiff(path)[0] if path.suffix.lower() in TIFF_SUFFIXES else _decode_png(path)
+    if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[-1]):
+        pixels = pixels[0] if pixels.shape[0] == 1 else pixels[..., 0]
+    if pixels.ndim != 2 or pixels.size == 0:
+        raise TileError(
+            f"{path}: found an array of shape {pixels.shape}, expected one grey channel (H, W); "
+            "export the label as a single-band file"
+        )
+    return pixels
+
+
+def _decode_png(path: Path) -> np.ndarray:
+    encoded = np.fromfile(path, np.uint8)
+    pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if encoded.size else None
+    if pixels is None:
+        raise TileError(
+            f"{path}: cannot be read as a PNG ({encoded.size} bytes); copy or export the file again"
+        )
+    return pixels
+
+
+def survey(folder: Path) -> tuple[list[LabelFile], list[str]]:
+    """Read every label file of a folder; return (label files sorted by tile id, problems found).
+
+    A folder that does not exist has none. Problems are unreadable files and two files for one tile.
+    """
+    labels: dict[str, LabelFile] = {}
+    problems = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix.lower() not in LABEL_SUFFIXES or path.name.startswith("."):
+            continue
+        identifier = tile_id(path.name)
+        if identifier in labels:
+            first = labels[identifier].path.name
+            problems.append(f"{path}: {first} is a label of tile {identifier} too; remove one of the two")
+            continue
+        try:
+            labels[identifier] = _survey_file(identifier, path)
+        except TileError as error:
+            problems.append(str(error))
+    return [labels[identifier] for identifier in sorted(labels)], problems
+
+
+def _survey_file(identifier: str, path: Path) -> LabelFile:
+    pixels = read_label(path)
+    values, counts = np.unique(pixels, return_counts=True)
+    return LabelFile(identifier, path, pixels.shape, dict(zip(values.tolist(), counts.tolist())))
+
+
+def detect_phase(labels: Iterable[LabelFile]) -> str:
+    """Return "phase2" where 85 or 170 occurs in any of the labels of a folder, else "phase1"."""
+    return "phase2" if any(label.has_glacier_values() for label in labels) else "phase1"
+
+
+def scheme_problems(labels: Iterable[LabelFile], phase: str) -> list[str]:
+    """Return one message for each label file with values outside the phase's scheme."""
+    problems = []
+    for label in labels:
+        foreign = {value: n for value, n in label.counts.items() if value not in VALUE_CODES[phase]}
+        if foreign:
+            problems.append(
+                f"{label.path}: found {_list_values(foreign)}; expected only {SCHEMES[phase]} in a "
+                f"{_spell(phase)} label; export the label with these values"
+            )
+    return problems
+
+
+def disguise_problems(labels: Iterable[LabelFile]) -> list[str]:
+    """Return messages for phase-1 labels among labels that are meant to be phase 2.
+
+    Nothing else would notice: read as phase 2, a phase-1 glacier is a lake, and 30 % of the area with it.
+    """
+    labels = list(labels)
+    if detect_phase(labels) == "phase1":
+        return _disguised_folder(labels)
+    return [
+        f"{label.path}: 255 covers {label.share(LAKE_VALUE):.1%} of the tile and neither 85 nor 170 occurs "
+        f"in it, while they do in labels beside it. {EXPLANATION}"
+        for label in labels
+        if not label.has_glacier_values() and label.share(LAKE_VALUE) > LARGEST_LAKE_SHARE_OF_TILE
+    ]
+
+
+def _disguised_folder(labels: list[LabelFile]) -> list[str]:
+    area = sum(sum(label.counts.values()) for label in labels)
+    lake = sum(label.counts.get(LAKE_VALUE, 0) for label in labels)
+    if area == 0 or lake / area <= LARGEST_LAKE_SHARE_OF_FOLDER:
+        return []
+    return [
+        f"{labels[0].path.parent}: meant as phase 2, but 255 covers {lake / area:.1%} of its {len(labels)} "
+        f"tiles and neither 85 nor 170 occurs in any. {EXPLANATION}"
+    ]
+
+
+def to_codes(values: np.ndarray, phase: str) -> np.ndarray:
+    """Return the mask of codes, (H, W) uint8; values that `scheme_problems` complains of become 0."""
+    mask = np.zeros(values.shape, np.uint8)
+    for value, code in VALUE_CODES[phase].items():
+        mask[values == value] = code
+    return mask
+
+
+def _spell(phase: str) -> str:
+    return phase.replace("phase", "phase-")
+
+
+def _list_values(counts: dict[float, int], most: int = 8) -> str:
+    """Spell out values with their pixel counts, the commonest first."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{value:g} ({count:,} px)" for value, count in ordered[:most])
+    return listed + (f" and {len(ordered) - most} more values" if len(ordered) > most else "")

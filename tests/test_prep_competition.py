@@ -1,0 +1,490 @@
+"""`python -m prep competition`: labels of both phases, nodata, warnings, refusals, and the 18 real tiles."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import rasterio
+import tifffile
+
+from prep import stats
+from prep.__main__ import main
+from prep.competition import PrepError, prepare
+from prep.folds import FoldError
+from prep.store import TileStore
+from solution import BANDS, InputError
+
+SHAPE = (20, 24)
+IDS = ["02_07", "02_08", "03_07", "03_08", "04_07", "04_08"]
+ICE = (slice(4, 16), slice(4, 20))  # 40 % of a tile
+NODATA = (slice(0, 3), slice(None))  # 15 % of a tile, apart from the ice
+
+
+def write_bands(data: Path, tile_id: str, seed: int, dtype=np.uint16) -> None:
+    """Write the five bands of a tile as Level-2 integers, with a nodata strip and a hole in band 1 alone."""
+    random = np.random.default_rng(seed)
+    for number, band in enumerate(BANDS):
+        low, high = (25000, 35000) if band.unit == "kelvin" else (8000, 50000)
+        values = random.integers(low, high, SHAPE).astype(dtype)
+        values[NODATA] = 0
+        values[10, 10] = 0 if number == 0 else values[10, 10]
+        folder = data / band.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        name = (
+            f"{band.landsat}_{band.landsat}_masked_{tile_id}.tif" if "_" in tile_id else f"img{tile_id}.tif"
+        )
+        tifffile.imwrite(folder / name, values)
+
+
+def phase1_label() -> np.ndarray:
+    """Return a phase-1 label: 40 % glacier."""
+    label = np.zeros(SHAPE, np.float32)
+    label[ICE] = 255
+    return label
+
+
+def phase2_label() -> np.ndarray:
+    """Return a phase-2 label of the same extent: clean ice, debris below, and a lake of 4 px beside it."""
+    label = np.where(phase1_label() == 255, 85, 0).astype(np.float32)
+    label[14:16, 4:20] = 170
+    label[17:19, 10:12] = 255
+    return label
+
+
+def write_label(data: Path, folder: str, tile_id: str, label: np.ndarray) -> Path:
+    """Write a label under the organisers' name for it."""
+    (data / folder).mkdir(parents=True, exist_ok=True)
+    path = data / folder / f"Y_output_resized_{tile_id}.tif"
+    tifffile.imwrite(path, label)
+    return path
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Return a training folder: six tiles with phase-1 labels, the first two with phase-2 labels as well."""
+    folder = tmp_path / "Train"
+    for seed, tile_id in enumerate(IDS):
+        write_bands(folder, tile_id, seed)
+        write_label(folder, "label", tile_id, phase1_label())
+    for tile_id in IDS[:2]:
+        write_label(folder, "label_phase2", tile_id, phase2_label())
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """Return the place for a store, in a folder that does not exist yet."""
+    return tmp_path / "stores" / "competition"
+
+
+def assert_no_store(out: Path) -> None:
+    """Assert that neither a store nor a temporary folder was left."""
+    assert not out.exists()
+    assert not out.parent.exists() or list(out.parent.iterdir()) == []
+
+
+def expected_codes(label: np.ndarray, codes: dict[int, int]) -> np.ndarray:
+    """Return the mask that a label should become, with the nodata strip ignored."""
+    mask = np.vectorize(codes.get)(label.astype(int)).astype(np.uint8)
+    mask[NODATA] = 255
+    return mask
+
+
+# --- what is written ---
+
+
+def test_phase2_labels_are_used_where_present_and_phase1_labels_elsewhere(data, out):
+    prepare(data, out)
+    store = TileStore(out)
+    assert store.tile_ids == IDS
+    assert [tile.labels for tile in store.tiles] == ["phase2"] * 2 + ["phase1"] * 4
+    for tile_id in IDS[:2]:
+        expected = expected_codes(phase2_label(), {0: 0, 85: 1, 170: 2, 255: 3})
+        assert np.array_equal(store.mask(tile_id), expected)
+    for tile_id in IDS[2:]:
+        assert np.array_equal(store.mask(tile_id), expected_codes(phase1_label(), {0: 0, 255: 4}))
+
+
+def test_images_are_in_physical_units_with_nan_for_nodata_as_rasterio_reads_them(data, out):
+    prepare(data, out)
+    image = TileStore(out).image("03_07")
+    assert image.shape == (*SHAPE, 5)
+    for number, band in enumerate(BANDS):
+        with rasterio.open(next((data / band.folder).glob("*03_07.tif"))) as raster:
+            stored = raster.read(1).astype(float)
+        expected = np.where(stored == 0, np.nan, stored * band.scale + band.offset)
+        assert np.allclose(image[..., number], expected, rtol=1e-6, equal_nan=True)
+
+
+def test_a_pixel_with_a_value_in_some_band_keeps_its_label(data, out):
+    prepare(data, out)
+    store = TileStore(out)
+    assert np.isnan(store.image("03_07")[10, 10]).tolist() == [True, False, False, False, False]
+    assert store.mask("03_07")[10, 10] == 4
+
+
+def test_statistics_are_those_of_the_stored_images(data, out):
+    prepare(data, out)
+    store = TileStore(out)
+    pixels = np.concatenate([store.image(tile_id).reshape(-1, 5) for tile_id in IDS]).astype(np.float64)
+    assert store.stats["bands"] == [band.name for band in BANDS]
+    assert store.stats["units"] == [band.unit for band in BANDS]
+    assert np.allclose(store.stats["mean"], np.nanmean(pixels, axis=0), rtol=1e-6)
+    assert np.allclose(store.stats["std"], np.nanstd(pixels, axis=0), rtol=1e-6)
+    assert store.stats["count"] == (~np.isnan(pixels)).sum(axis=0).tolist()
+
+
+def test_statistics_of_a_training_side_leave_the_held_out_tiles_out(data, out):
+    prepare(data, out)
+    store = TileStore(out)
+    training = [tile_id for tile_id, fold in store.fold_of("stratified").items() if fold != 0]
+    found = stats.compute(store, training)
+    pixels = np.concatenate([store.image(tile_id).reshape(-1, 5) for tile_id in training]).astype(np.float64)
+    assert np.allclose(found["mean"], np.nanmean(pixels, axis=0), rtol=1e-6)
+    assert found["count"] != store.stats["count"]
+    assert list(found) == list(store.stats)
+
+
+def test_tiles_csv_counts_every_pixel_once(data, out):
+    prepare(data, out)
+    for tile in TileStore(out).tiles:
+        assert sum(tile.counts.values()) == SHAPE[0] * SHAPE[1]
+        assert tile.valid_share == pytest.approx(1 - tile.counts["ignore"] / (SHAPE[0] * SHAPE[1]), abs=1e-6)
+        assert tile.source == f"B2_B2_masked_{tile.tile_id}.tif"
+        assert f"{tile.row:02d}_{tile.col:02d}" == tile.tile_id
+
+
+def test_folds_cover_all_tiles_and_the_seed_is_kept(data, out):
+    prepare(data, out, seed=5)
+    store = TileStore(out)
+    for scheme in ("stratified", "spatial"):
+        assert sorted(store.fold_of(scheme)) == IDS
+        assert sorted(set(store.fold_of(scheme).values())) == [0, 1, 2, 3, 4]
+    assert store.folds["seed"] == 5
+
+
+def test_provenance_names_the_source_without_a_path(data, out):
+    prepare(data, out, seed=5)
+    text = (out / "store.json").read_text()
+    about = json.loads(text)
+    assert (about["source"], about["seed"], about["tiles"]) == ("Train", 5, 6)
+    assert about["labels"] == {"phase1": 4, "phase2": 2}
+    assert about["versions"]["numpy"] == np.__version__
+    assert str(data.parent) not in text
+
+
+def test_the_same_input_gives_the_same_store(data, out, tmp_path):
+    prepare(data, out)
+    prepare(data, tmp_path / "again")
+    names = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    assert len(names) == 16
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_platform_names_and_png_labels_are_read_too(tmp_path, out):
+    data = tmp_path / "Train"
+    (data / "label").mkdir(parents=True)
+    for number in range(1, 6):
+        write_bands(data, f"{number:03d}", number, dtype=np.float32)
+        cv2.imwrite(str(data / "label" / f"img{number:03d}.png"), phase2_label().astype(np.uint8))
+    prepare(data, out)
+    store = TileStore(out)
+    assert store.tile_ids == ["001", "002", "003", "004", "005"]
+    assert list(store.fold_of("spatial").values()) == [0, 1, 2, 3, 4]
+    assert store.tiles[0].row is None
+    assert np.array_equal(store.mask("003"), expected_codes(phase2_label(), {0: 0, 85: 1, 170: 2, 255: 3}))
+
+
+def test_a_declared_nodata_of_0_does_not_touch_label_zeros(data, out):
+    path = write_label(data, "label", IDS[3], phase1_label())
+    profile = {
+        "driver": "GTiff",
+        "height": SHAPE[0],
+        "width": SHAPE[1],
+        "count": 1,
+        "dtype": "uint8",
+        "nodata": 0,
+    }
+    with rasterio.open(path, "w", **profile) as raster:
+        raster.write(phase1_label().astype(np.uint8), 1)
+    prepare(data, out)
+    assert np.array_equal(TileStore(out).mask(IDS[3]), expected_codes(phase1_label(), {0: 0, 255: 4}))
+
+
+# --- which phase ---
+
+
+def test_phase2_labels_in_the_label_folder_are_told_by_their_values(data, out):
+    shutil.rmtree(data / "label")
+    (data / "label_phase2").rename(data / "label")
+    for tile_id in IDS[2:]:
+        write_label(data, "label", tile_id, phase2_label())
+    prepare(data, out)
+    assert {tile.labels for tile in TileStore(out).tiles} == {"phase2"}
+
+
+def test_phase1_labels_passed_off_as_phase2_are_refused(data, out):
+    shutil.rmtree(data / "label_phase2")
+    (data / "label").rename(data / "label_phase2")
+    with pytest.raises(
+        PrepError, match=r"label_phase2: meant as phase 2, but 255 covers 40\.0%.*marks glaciers"
+    ):
+        prepare(data, out)
+    assert_no_store(out)
+
+
+def test_phase1_labels_declared_phase2_are_refused(data, out):
+    with pytest.raises(PrepError, match=r"/label: meant as phase 2"):
+        prepare(data, out, phase="2")
+
+
+def test_a_phase1_label_among_phase2_labels_is_refused_by_name(data, out):
+    write_label(data, "label_phase2", IDS[4], phase1_label())
+    with pytest.raises(
+        PrepError, match=r"Y_output_resized_04_07\.tif: 255 covers 40\.0% of the tile"
+    ) as caught:
+        prepare(data, out)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_phase2_tile_without_glacier_but_with_a_large_lake_is_accepted(data, out):
+    label = np.zeros(SHAPE, np.float32)
+    label[10:14, 10:15] = 255  # 4.2 % of the tile
+    write_label(data, "label_phase2", IDS[4], label)
+    prepare(data, out)
+    assert TileStore(out).tiles[4].counts["lake"] == 20
+
+
+def test_phase2_labels_declared_phase1_are_named_with_their_values(data, out):
+    write_label(data, "label", IDS[4], phase2_label())
+    with pytest.raises(PrepError, match=r"04_07\.tif: found 85 \(160 px\), 170 \(32 px\); expected only 0"):
+        prepare(data, out, phase="1")
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("folder", "value", "expected"),
+    [
+        ("label", 128, r"128 \(2 px\); expected only 0 \(other\) and 255"),
+        ("label", np.nan, r"nan \(2 px\)"),
+        ("label", -9999, r"-9999 \(2 px\)"),
+        ("label_phase2", 84.5, r"84\.5 \(2 px\); expected only 0 \(other\), 85 \(glacier\), 170"),
+    ],
+)
+def test_values_outside_the_scheme_are_named_with_file_and_count(data, out, folder, value, expected):
+    label = phase1_label() if folder == "label" else phase2_label()
+    label[5, 5:7] = value
+    path = write_label(data, folder, IDS[1], label)
+    with pytest.raises(PrepError, match=expected) as caught:
+        prepare(data, out)
+    assert str(path) in str(caught.value)
+    assert_no_store(out)
+
+
+def test_class_indices_instead_of_grey_values_are_refused(data, out):
+    write_label(data, "label_phase2", IDS[0], np.full(SHAPE, 2, np.uint8))
+    with pytest.raises(PrepError, match=r"found 2 \(480 px\)"):
+        prepare(data, out)
+
+
+def test_all_problems_are_reported_together_and_no_store_is_left(data, out):
+    next((data / "Band3").glob("*02_07.tif")).unlink()
+    next((data / "Band4").glob("*02_08.tif")).write_bytes(b"II*\0 no raster")
+    write_label(data, "label", "03_07", np.zeros((5, 6), np.uint8))
+    write_label(data, "label", "03_08", np.zeros((*SHAPE, 3), np.uint8))
+    (data / "label" / "Y_output_resized_04_07.tif").write_bytes(b"")
+    with pytest.raises(PrepError) as caught:
+        prepare(data, out)
+    message = str(caught.value)
+    assert len(caught.value.problems) == 5
+    assert "Band3" in message
+    assert "B6_B6_masked_02_08.tif" in message
+    assert "6 x 5 px, expected 24 x 20 px as in tile 03_07" in message
+    assert "(20, 24, 3)" in message
+    assert "Y_output_resized_04_07.tif: cannot be read" in message
+    assert_no_store(out)
+
+
+def test_two_labels_for_one_tile_are_refused(data, out):
+    cv2.imwrite(str(data / "label" / "label_02_07.png"), phase1_label().astype(np.uint8))
+    with pytest.raises(PrepError, match=r"label_02_07\.png.* of tile 02_07 too"):
+        prepare(data, out)
+
+
+def test_a_damaged_png_label_is_named(data, out):
+    (data / "label" / "Y_output_resized_02_07.tif").unlink()
+    (data / "label" / "Y_output_resized_02_07.png").write_bytes(b"")
+    with pytest.raises(PrepError, match=r"02_07\.png: cannot be read as a PNG \(0 bytes\)"):
+        prepare(data, out)
+
+
+def test_a_folder_without_labels_is_refused(data, out):
+    shutil.rmtree(data / "label")
+    shutil.rmtree(data / "label_phase2")
+    with pytest.raises(PrepError, match="no label found"):
+        prepare(data, out)
+
+
+def test_labels_of_other_tiles_only_are_refused(data, out):
+    shutil.rmtree(data / "label")
+    shutil.rmtree(data / "label_phase2")
+    write_label(data, "label", "09_09", phase1_label())
+    with pytest.raises(PrepError, match="no tile has a label"):
+        prepare(data, out)
+
+
+def test_a_missing_folder_or_one_without_tiles_is_an_input_error(tmp_path, out):
+    with pytest.raises(InputError, match="nowhere"):
+        prepare(tmp_path / "nowhere", out)
+    with pytest.raises(InputError, match="Band1"):
+        prepare(tmp_path, out)
+
+
+def test_fewer_tiles_than_folds_leave_no_store(data, out):
+    for tile_id in IDS[:2]:
+        for label in data.glob(f"label*/*{tile_id}.tif"):
+            label.unlink()
+    with pytest.raises(FoldError, match="4 labelled tiles"):
+        prepare(data, out)
+    assert_no_store(out)
+
+
+# --- warnings ---
+
+
+def test_a_tile_without_label_is_left_out_and_named(data, out, capsys):
+    (data / "label" / "Y_output_resized_04_08.tif").unlink()
+    prepare(data, out)
+    assert "tile 04_08 (B2_B2_masked_04_08.tif) has no label" in capsys.readouterr().err
+    assert TileStore(out).tile_ids == IDS[:-1]
+
+
+def test_a_label_without_tile_is_named(data, out, capsys):
+    write_label(data, "label", "09_09", phase1_label())
+    prepare(data, out)
+    assert "Y_output_resized_09_09.tif belongs to no tile" in capsys.readouterr().err
+    assert TileStore(out).tile_ids == IDS
+
+
+def test_a_label_on_nodata_is_ignored_and_named(data, out, capsys):
+    label = phase1_label()
+    label[0, :5] = 255
+    write_label(data, "label", "04_08", label)
+    prepare(data, out)
+    assert "04_08.tif marks 5 px without data" in capsys.readouterr().err
+    assert np.array_equal(TileStore(out).mask("04_08"), expected_codes(label, {0: 0, 255: 4}))
+
+
+def test_nothing_is_warned_of_where_nothing_is_wrong(data, out, capsys):
+    prepare(data, out)
+    assert "warning" not in capsys.readouterr().err
+
+
+# --- command line ---
+
+
+def test_the_command_prints_both_fold_tables_and_what_was_written(data, out, capsys):
+    assert main(["competition", "--data", str(data), "--out", str(out), "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "stratified folds" in printed
+    assert "spatial folds" in printed
+    assert printed.splitlines()[-1].startswith(f"{out}: 6 tiles written")
+    assert TileStore(out).folds["seed"] == 3
+
+
+def test_the_command_overwrites_only_when_told(data, out, capsys):
+    command = ["competition", "--data", str(data), "--out", str(out)]
+    assert main(command) == 0
+    before = os.stat(out / "tiles.csv").st_ino
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert os.stat(out / "tiles.csv").st_ino == before
+    assert main([*command, "--overwrite"]) == 0
+    assert os.stat(out / "tiles.csv").st_ino != before
+
+
+def test_a_failed_overwrite_keeps_the_older_store(data, out):
+    prepare(data, out)
+    write_label(data, "label", IDS[2], np.full(SHAPE, 7, np.uint8))
+    with pytest.raises(PrepError):
+        prepare(data, out, overwrite=True)
+    assert TileStore(out).tile_ids == IDS
+    assert [entry.name for entry in out.parent.iterdir()] == ["competition"]
+
+
+def test_the_command_reports_errors_without_a_traceback(tmp_path, capsys):
+    assert main(["competition", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_sample_refuses_a_folder_in_use(data, capsys):
+    assert main(["sample", "--out", str(data)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_sample_writes_what_competition_reads(tmp_path, out, capsys):
+    pytest.importorskip("prep.synthetic", reason="the sample generator is not there")
+    sample = tmp_path / "sample"
+    arguments = ["sample", "--out", str(sample), "--tiles", "5", "--size", "64", "--seed", "1"]
+    assert main(arguments) == 0
+    assert main(["competition", "--data", str(sample), "--out", str(out)]) == 0
+    assert len(TileStore(out).tile_ids) == 5
+    assert TileStore(out).image(TileStore(out).tile_ids[0]).shape == (64, 64, 5)
+
+
+# --- the real tiles ---
+
+
+@pytest.fixture(scope="module")
+def real_store(real_tiles, tmp_path_factory) -> TileStore:
+    """Return the store of the 18 real tiles."""
+    folder = tmp_path_factory.mktemp("real") / "competition"
+    prepare(real_tiles, folder)
+    return TileStore(folder)
+
+
+def test_real_tiles_are_18_with_3_phase2_labels(real_store):
+    assert len(real_store.tile_ids) == 18
+    phase2 = [tile.tile_id for tile in real_store.tiles if tile.labels == "phase2"]
+    assert phase2 == ["02_07", "03_11", "07_11"]
+
+
+def test_real_masks_ignore_exactly_the_pixels_without_data(real_store, real_tiles):
+    for tile_id in real_store.tile_ids:
+        paths = [next((real_tiles / band.folder).glob(f"*{tile_id}.tif")) for band in BANDS]
+        stored = np.stack([rasterio.open(path).read(1) for path in paths])
+        nodata = (stored == 0).all(axis=0)
+        assert np.array_equal(real_store.mask(tile_id) == 255, nodata)
+        label = rasterio.open(real_tiles / "label" / f"Y_output_resized_{tile_id}.tif").read(1)
+        assert np.array_equal(np.isin(real_store.mask(tile_id), [1, 2, 4]), label == 255)
+        assert np.array_equal(np.isnan(real_store.image(tile_id)), (stored == 0).transpose(1, 2, 0))
+
+
+def test_real_statistics_are_close_to_those_measured_before(real_store):
+    assert np.allclose(real_store.stats["mean"], [0.711, 0.692, 0.688, 0.050, 256.6], atol=[0.02] * 4 + [1])
+    assert np.allclose(real_store.stats["std"], [0.575, 0.566, 0.578, 0.077, 9.1], atol=[0.02] * 4 + [1])
+
+
+def test_real_folds_spread_phase2_tiles_and_balance_glaciers_to_one_percent(real_store):
+    fold_of = real_store.fold_of("stratified")
+    assert sorted(Counter(fold_of.values()).values()) == [3, 3, 4, 4, 4]
+    assert len({fold_of[tile_id] for tile_id in ("02_07", "03_11", "07_11")}) == 3
+    area = np.zeros(5)
+    for tile in real_store.tiles:
+        area[fold_of[tile.tile_id]] += sum(tile.counts[n] for n in ("glacier", "debris", "glacier_or_debris"))
+    assert np.abs(area / area.mean() - 1).max() < 0.01
+
+
+def test_real_spatial_folds_are_of_equal_size_to_within_one(real_store):
+    assert sorted(Counter(real_store.fold_of("spatial").values()).values()) == [3, 3, 4, 4, 4]

@@ -1,0 +1,1 @@
+"""Training: tile store -> fold checkpoints -> weights/model.pth. Commands: `python -m train`."""

@@ -1,0 +1,340 @@
+"""Fits folds: one Lightning run each, resumable, ending in a `fold.pt` of plain containers and tensors."""
+
+import csv
+import io
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import lightning
+import lightning.pytorch as pl
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
+
+from prep.labels import CODE_NAMES
+from prep.store import TileStore
+from solution import CLASS_NAMES
+from train.config import Config, differing_keys, load_config, save_config, to_dict
+from train.data import FoldData, open_fold
+from train.module import RampedAveraging, SegmentationModule
+
+FOLD_FORMAT = "glacier-kit-fold/1"
+FOLD_FILE = "fold.pt"
+RESUME_FILE = "last.ckpt"
+CONFIG_FILE = "config.yaml"
+HISTORY_FILE = "history.csv"
+
+
+class RunError(Exception):
+    """A run folder does not fit what was asked for; the message says what differs and what to do."""
+
+
+def fit_all(config: Config, run_dir: Path, folds: Optional[Sequence[int]] = None) -> list[dict]:
+    """Fit several folds one after the other, by default all of the config's scheme; return their records.
+
+    Raises what `fit_fold` raises.
+    """
+    if folds is None:
+        folds = sorted(set(TileStore(config.data.store).fold_of(config.data.scheme).values()))
+    records = [fit_fold(config, fold, run_dir) for fold in folds]
+    print(format_records(records), flush=True)
+    return records
+
+
+def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callback] = ()) -> dict:
+    """Fit one fold in `run_dir`/fold<k> and return the record in its `fold.pt`, less the weights.
+
+    A finished fold is not fitted again, and an interrupted one continues after its last finished epoch, with
+    the same result as if it had not been interrupted.
+
+    Args:
+        config: the whole configuration.
+        fold: number of the fold to validate on; all others are trained on.
+        run_dir: folder of the run, made where missing.
+        callbacks: further Lightning callbacks.
+
+    Raises:
+        RunError: the folder holds a run with another config or other tiles.
+        train.data.DataError, prep.store.StoreError: the tiles cannot serve.
+    """
+    folder = Path(run_dir) / f"fold{fold}"
+    require_same_config(config, folder)
+    if (folder / FOLD_FILE).is_file():
+        record = read_record(folder / FOLD_FILE)
+        print(f"fold {fold}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
+        return record
+    torch.set_num_threads(config.train.threads)
+    torch.set_flush_denormal(True)  # trained networks slow down several-fold on a CPU without it
+    data = open_fold(config, fold)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CONFIG_FILE, lambda path: save_config(config, path))
+    print(describe_fold(fold, data), flush=True)
+    recorder = Recorder(folder, fold, config, data)
+    with quiet_lightning():
+        _run_lightning(config, data, recorder, callbacks)
+    record = recorder.record()
+    write_whole(folder / FOLD_FILE, lambda path: torch.save(record, path))
+    (folder / RESUME_FILE).unlink(missing_ok=True)  # several times the size of fold.pt, and of no more use
+    return read_record(folder / FOLD_FILE)
+
+
+def _run_lightning(config: Config, data: FoldData, recorder: "Recorder", more: Sequence[Callback]) -> None:
+    pl.seed_everything(config.train.seed, verbose=False)
+    module = SegmentationModule(config)
+    # in this order: the average is validated, judged and then recorded
+    callbacks = [RampedAveraging(config.optim.ema_decay), *_early_stopping(config), recorder, *more]
+    on_terminal = sys.stdout.isatty()
+    trainer = pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        precision=_precision(),
+        max_epochs=config.train.epochs,
+        gradient_clip_val=config.optim.grad_clip or None,
+        callbacks=[*callbacks, *([TQDMProgressBar()] if on_terminal else [])],
+        enable_progress_bar=on_terminal,
+        enable_checkpointing=False,  # the recorder does it
+        enable_model_summary=False,
+        logger=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        default_root_dir=recorder.folder,
+    )
+    resume = recorder.folder / RESUME_FILE
+    with keyboard_interrupts():
+        trainer.fit(
+            module, data.train_loader, data.val_loader, ckpt_path=resume if resume.is_file() else None
+        )
+
+
+def _early_stopping(config: Config) -> list[Callback]:
+    patience = config.train.early_stop
+    # after validation, not at the end of the epoch: there the checkpoint to resume from is already written
+    options = {"mode": "max", "patience": patience, "check_on_train_epoch_end": False}
+    return [EarlyStopping("val_mcc", **options)] if patience else []
+
+
+def _precision() -> str:
+    """Mixed precision on a GPU only: bfloat16 is many times slower than float32 on most CPUs."""
+    if not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+@contextmanager
+def keyboard_interrupts() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt again: Lightning ends the process and leaves the signal ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's tips and its advice on loader workers, which is wrong for tiles held in memory."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for pattern in (".*does not have many workers.*", ".*LeafSpec.*", ".*Checkpoint directory.*"):
+                warnings.filterwarnings("ignore", pattern)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+class Recorder(Callback):
+    """Keeps the history and the best weights of a fold, and writes the checkpoint to resume from.
+
+    All of it is part of that checkpoint, so a resumed run knows of the epochs before.
+    """
+
+    def __init__(self, folder: Path, fold: int, config: Config, data: FoldData) -> None:
+        """Record the fold's run in `folder`."""
+        self.folder = folder
+        self.fold = fold
+        self.config = config
+        self.data = data
+        self.history: list[dict] = []  # a row an epoch
+        self.best: dict[str, Any] = {}  # epoch, val_mcc, val_mcc4, state_dict
+        self._epochs_before = 0  # in the run that is resumed
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, for Lightning's checkpoint."""
+        return {"history": self.history, "best": self.best, "data": self._data_identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of the run to resume; RunError where it was trained on other tiles."""
+        if state_dict["data"] != self._data_identity():
+            raise RunError(
+                f"{self.folder / RESUME_FILE} was trained on other tiles than {self.config.data.store} holds "
+                f"now for fold {self.fold}. Name another folder with --run, or remove {self.folder}."
+            )
+        self.history = state_dict["history"]
+        self.best = state_dict["best"]
+        self._epochs_before = len(self.history)
+
+    def _data_identity(self) -> dict:
+        tiles = {"train_tiles": self.data.train_ids, "val_tiles": self.data.val_ids}
+        return {**tiles, "normalization": self.data.normalization}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop at once where the run that is resumed had already met its early stop."""
+        for callback in trainer.early_stopping_callbacks:
+            trainer.should_stop |= callback.wait_count >= callback.patience
+        if self.history:
+            print(f"fold {self.fold}: continues after epoch {len(self.history)}", flush=True)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._started = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the averaged weights where they are the best so far."""
+        scores = {name: float(trainer.callback_metrics[name]) for name in ("val_mcc", "val_mcc4")}
+        if not self.best or scores["val_mcc"] > self.best["val_mcc"]:
+            weights = _averaging(trainer).network_state()
+            self.best = {"epoch": trainer.current_epoch + 1, **scores, "state_dict": weights}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+        """Add a row to the history and write it, the checkpoint to resume from, and a line of progress."""
+        self.history.append(self._row(trainer, pl_module))
+        write_whole(self.folder / HISTORY_FILE, lambda path: _write_history(self.history, path))
+        write_whole(self.folder / RESUME_FILE, lambda path: trainer.save_checkpoint(path))
+        bar = trainer.progress_bar_callback
+        write = partial(print, flush=True) if bar is None else bar.print  # the latter above the bar
+        write(self._progress_line())
+
+    def _row(self, trainer: pl.Trainer, module: SegmentationModule) -> dict:
+        metrics = trainer.callback_metrics
+        drawn = module.class_counts / module.class_counts.sum()
+        pixels = module.code_counts / module.code_counts.sum()
+        return {
+            "epoch": trainer.current_epoch + 1,
+            "train_loss": module.train_loss(),
+            **{name: float(metrics[name]) for name in ("val_loss", "val_mcc", "val_mcc4")},
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "seconds": time.monotonic() - self._started,
+            **{f"drawn_{name}": float(share) for name, share in zip(CLASS_NAMES, drawn)},
+            **{f"pixels_{name}": float(pixels[code]) for code, name in CODE_NAMES.items()},
+        }
+
+    def _progress_line(self) -> str:
+        row, epochs = self.history[-1], self.config.train.epochs
+        seconds = [past["seconds"] for past in self.history[self._epochs_before :]]
+        minutes = np.mean(seconds) * (epochs - row["epoch"]) / 60
+        drawn = "/".join(f"{100 * row['drawn_' + name]:.0f}" for name in CLASS_NAMES)
+        return (
+            f"fold {self.fold}  epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
+            f"val_loss {row['val_loss']:.4f}  val_mcc {row['val_mcc']:.4f}  val_mcc4 {row['val_mcc4']:.4f}  "
+            f"best {self.best['val_mcc']:.4f} (epoch {self.best['epoch']})  lr {row['lr']:.1e}  "
+            f"drawn {drawn} %  "
+            f"{row['seconds']:.1f} s, at most {minutes:.1f} min left"
+        )
+
+    def record(self) -> dict:
+        """Return the content of `fold.pt`: plain containers, numbers, strings and tensors."""
+        return {
+            "format": FOLD_FORMAT,
+            "arch": {"name": self.config.model.name, "args": to_dict(self.config)["model"]["args"]},
+            **self.best,
+            "fold": self.fold,
+            "scheme": self.config.data.scheme,
+            **self._data_identity(),
+            "epochs": len(self.history),
+            "seconds": float(sum(row["seconds"] for row in self.history)),
+            "config": to_dict(self.config),
+            "versions": versions(),
+        }
+
+
+def _averaging(trainer: pl.Trainer) -> RampedAveraging:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, RampedAveraging))
+
+
+def require_same_config(config: Config, folder: Path) -> None:
+    """Raise RunError where a started or finished fold in `folder` was made with other settings."""
+    started = [name for name in (FOLD_FILE, RESUME_FILE) if (folder / name).is_file()]
+    if not started or not (folder / CONFIG_FILE).is_file():
+        return
+    keys = differing_keys(config, load_config(folder / CONFIG_FILE))
+    if keys:
+        raise RunError(
+            f"{folder} holds {started[0]} of a run that differs in {', '.join(keys)}. Name another folder "
+            f"with --run, go back to the settings in {folder / CONFIG_FILE}, or remove {folder}."
+        )
+
+
+def read_record(path: Path) -> dict:
+    """Return the content of a `fold.pt` without its weights. Raises RunError for a file of another kind."""
+    record = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(record, dict) or record.get("format") != FOLD_FORMAT:
+        raise RunError(f"{path} is no checkpoint of a fold: expected format {FOLD_FORMAT}")
+    return {key: value for key, value in record.items() if key != "state_dict"}
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path`, then rename it: `path` appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _write_history(rows: Sequence[dict], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _round(value) for key, value in row.items()} for row in rows)
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _round(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that the result depends on."""
+    modules = {"torch": torch, "lightning": lightning, "segmentation_models_pytorch": smp, "numpy": np}
+    return {"python": platform.python_version()} | {
+        name: str(module.__version__) for name, module in modules.items()
+    }
+
+
+def describe_fold(fold: int, data: FoldData) -> str:
+    """Return a line on a fold's tiles and the class shares that its crops are drawn by."""
+    shares = ", ".join(
+        f"{name} {100 * share:.0f} %" for name, share in zip(CLASS_NAMES, data.dataset.pixels.shares)
+    )
+    return (
+        f"fold {fold}: {len(data.train_ids)} tiles to train on, validation on {', '.join(data.val_ids)}; "
+        f"crops drawn around {shares}"
+    )
+
+
+def format_records(records: Sequence[dict]) -> str:
+    """Return a table of fitted folds, one a line."""
+    lines = [f"{'fold':>4}{'val_mcc':>10}{'val_mcc4':>10}{'epoch':>7}{'of':>4}{'minutes':>9}  validated on"]
+    for record in records:
+        lines.append(
+            f"{record['fold']:>4}{record['val_mcc']:>10.4f}{record['val_mcc4']:>10.4f}{record['epoch']:>7}"
+            f"{record['epochs']:>4}{record['seconds'] / 60:>9.1f}  {', '.join(record['val_tiles'])}"
+        )
+    scores = [record["val_mcc"] for record in records]
+    lines.append(f"mean{np.mean(scores):>10.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+"""The Lightning module: network, loss, optimiser, validation on whole tiles; and the averaging of weights."""
+
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
+from torchmetrics.classification import BinaryMatthewsCorrCoef, MulticlassMatthewsCorrCoef
+
+from prep.labels import CODE_CLASSES, IGNORE
+from solution import CLASS_NAMES, build_network, pad_to_multiple
+from train.config import Config
+from train.losses import SetLoss
+
+GLACIER_CLASSES = (CLASS_NAMES.index("glacier"), CLASS_NAMES.index("debris"))
+
+
+class SegmentationModule(pl.LightningModule):
+    """Trains one network on crops and validates it on whole tiles.
+
+    Metrics, all over pixels with a label: `val_mcc`, glacier of either kind against the rest on all tiles;
+    `val_mcc4`, four classes on the tiles whose labels are all certain, NaN where there are none; `val_loss`,
+    the mean of the tiles' losses.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Build the network that the config names, with random weights."""
+        super().__init__()
+        self.config = config
+        network = build_network({"name": config.model.name, "args": config.model.args})
+        self.network = network.to(memory_format=torch.channels_last)  # 10-20 % faster steps on a CPU
+        set_batchnorm_momentum(self.network, config.model.batchnorm_momentum)
+        self.loss = SetLoss(config.loss)
+        self.extent_mcc = BinaryMatthewsCorrCoef()
+        self.class_mcc = MulticlassMatthewsCorrCoef(num_classes=len(CLASS_NAMES))
+        self.val_losses: list[float] = []
+        self._reset_epoch_counts()
+
+    def _reset_epoch_counts(self) -> None:
+        self.train_losses: list[Tensor] = []  # tensors: reading each one at once would stall a GPU
+        self.class_counts = np.zeros(len(CLASS_NAMES), np.int64)  # classes that crops were drawn for
+        self.code_counts = np.zeros(256, np.int64)  # label codes of the pixels in the crops
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits (B, 4, H, W) of normalised bands (B, 5, H, W) of any size."""
+        height, width = image.shape[-2:]
+        padded = pad_to_multiple(image).contiguous(memory_format=torch.channels_last)
+        return self.network(padded)[..., :height, :width]
+
+    def on_train_epoch_start(self) -> None:
+        """Start the epoch's counts at zero."""
+        self._reset_epoch_counts()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed by the step, so that dropout in a resumed run is what it would have been without the break."""
+        sequence = np.random.SeedSequence([self.config.train.seed, self.global_step])
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a batch of crops: images, label codes, classes they were drawn for."""
+        image, codes, classes = batch
+        loss = self.loss(self(image), codes)
+        self.train_losses.append(loss.detach())
+        self.class_counts += np.bincount(classes.cpu().numpy(), minlength=len(CLASS_NAMES))
+        self.code_counts += np.bincount(codes.cpu().numpy().ravel(), minlength=256)
+        self.log("loss", loss, prog_bar=True, logger=False)
+        return loss
+
+    def train_loss(self) -> float:
+        """Return the mean loss of the epoch's steps so far."""
+        return float(torch.stack(self.train_losses).mean())
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics at zero."""
+        self.extent_mcc.reset()
+        self.class_mcc.reset()
+        self.val_losses = []
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a tile to the metrics."""
+        image, codes = batch
+        logits = self(image)
+        self.val_losses.append(float(self.loss(logits, codes)))
+        predicted = logits.argmax(dim=1)
+        labelled = codes != IGNORE
+        self.extent_mcc.update(is_glacier(predicted[labelled]), is_glacier(codes[labelled]))
+        if labelled.any() and (codes[labelled] < len(CLASS_NAMES)).all():
+            self.class_mcc.update(predicted[labelled], codes[labelled].long())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics, and let the learning rate follow them."""
+        extent = float(self.extent_mcc.compute())
+        classes = float(self.class_mcc.compute()) if self.class_mcc.update_called else float("nan")
+        self.log("val_loss", float(np.mean(self.val_losses)))
+        self.log("val_mcc", extent, prog_bar=True)
+        self.log("val_mcc4", classes)
+        for scheduler in self._plateau_schedulers():
+            scheduler.step(extent)
+
+    def _plateau_schedulers(self) -> list[ReduceLROnPlateau]:
+        schedulers = self.lr_schedulers()
+        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+        return [scheduler for scheduler in schedulers if isinstance(scheduler, ReduceLROnPlateau)]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the warm-up only: Lightning would step the plateau after the epoch's checkpoint is written."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        """Return AdamW, the warm-up (by step) and the reduction on a plateau of val_mcc (by epoch)."""
+        optim = self.config.optim
+        optimizer = torch.optim.AdamW(self.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+        plateau = ReduceLROnPlateau(
+            optimizer, mode="max", factor=optim.plateau_factor, patience=optim.plateau_patience, threshold=0
+        )
+        schedulers = [{"scheduler": plateau, "interval": "epoch", "monitor": "val_mcc"}]
+        if optim.warmup_steps:
+            steps = optim.warmup_steps
+            warmup = LinearLR(optimizer, start_factor=1 / (steps + 1), total_iters=steps)
+            schedulers.append({"scheduler": warmup, "interval": "step"})
+        return [optimizer], schedulers
+
+
+def is_glacier(codes: Tensor) -> Tensor:
+    """Return bool: the class index or label code allows nothing but glacier, clean or debris-covered."""
+    inside = [code for code, classes in CODE_CLASSES.items() if set(classes) <= set(GLACIER_CLASSES)]
+    return torch.isin(codes, torch.tensor(inside, dtype=codes.dtype, device=codes.device))
+
+
+def set_batchnorm_momentum(network: nn.Module, momentum: Optional[float]) -> None:
+    """Set the momentum of the running statistics of every BatchNorm; None leaves them alone."""
+    for layer in network.modules():
+        if momentum is not None and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.momentum = momentum
+
+
+class RampedAveraging(WeightAveraging):
+    """Exponential moving average of weights and BatchNorm statistics, which is what is validated and saved.
+
+    The decay of step t is min(decay, (1 + t) / (10 + t)): the random first weights are soon forgotten.
+    A decay of 0 makes the average the current weights.
+    """
+
+    def __init__(self, decay: float) -> None:
+        """Average with a decay that rises to `decay`."""
+
+        def average(averaged: Tensor, current: Tensor, steps: Tensor) -> Tensor:
+            if not averaged.is_floating_point():  # BatchNorm's batch counter
+                return current
+            ramp = (1 + float(steps)) / (10 + float(steps))
+            return torch.lerp(averaged, current, 1 - min(decay, ramp))
+
+        super().__init__(avg_fn=average)
+
+    def network_state(self) -> dict[str, Tensor]:
+        """Return a copy of the averaged network's state dict, float32 on the CPU. Not during validation."""
+        state = self._average_model.module.network.state_dict()
+        return {name: _to_storage(value) for name, value in state.items()}
+
+
+def _to_storage(value: Tensor) -> Tensor:
+    value = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return value.float() if value.is_floating_point() else value
