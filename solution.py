@@ -23,7 +23,7 @@ import tempfile
 import time
 from io import BytesIO
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -601,7 +601,7 @@ def forward_probabilities(network: nn.Module, x: torch.Tensor, view: View) -> to
     return view.inverse(torch.softmax(network(view.forward(x)), dim=1))
 
 
-def ensemble_probabilities(model: Model, image: np.ndarray) -> np.ndarray:
+def ensemble_probabilities(model: Model, image: np.ndarray, views: Sequence[View]) -> np.ndarray:
     """Return the weighted mean of class probabilities over members and views, (4, H, W) float32."""
     height, width = image.shape[:2]
     total = torch.zeros(1, len(CLASS_NAMES), 1, 1, device=model.device)
@@ -609,7 +609,7 @@ def ensemble_probabilities(model: Model, image: np.ndarray) -> np.ndarray:
         for member in model.members:
             x = torch.from_numpy(normalize(image, member.normalization))[None].to(model.device)
             x = pad_to_multiple(x)
-            for view in VIEWS[: model.postprocess.views]:
+            for view in views:
                 total = total + member.weight * forward_probabilities(member.network, x, view)
     total = total / total.sum(dim=1, keepdim=True)
     return total[0, :, :height, :width].cpu().numpy()
@@ -627,7 +627,8 @@ def predict_window(model: Model, image: np.ndarray) -> np.ndarray:
         certain = np.zeros((len(CLASS_NAMES),) + image.shape[:2], np.float32)
         certain[0] = 1
         return certain
-    probs = apply_class_bias(ensemble_probabilities(model, image), model.class_bias)
+    probs = ensemble_probabilities(model, image, VIEWS[: model.postprocess.views])
+    probs = apply_class_bias(probs, model.class_bias)
     if model.postprocess.crf and densecrf is not None:
         features = normalize(image, model.members[0].normalization)
         probs = refine_with_crf(probs, features, valid_mask(image), **model.postprocess.crf)

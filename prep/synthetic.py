@@ -1,11 +1,11 @@
 """Synthetic glacier scenes in the competition's layout, for the demo and the tests (`python -m prep sample`).
 
 A scene is built as nature builds one: fractal relief carved by rivers, snow that feeds ice above an
-equilibrium line, ice that follows the drainage down into the valleys until it has melted, debris on its lower
-end and along its sides, lakes below its ends, then a satellite that looks at it all under a low winter sun. The
-whole ground is snow-covered apart from warm slopes, so colour alone does not give the classes away, as in the
-real tiles. No real data is read or copied; constants named "tuned" were set so that the statistics of a sample
-resemble those that shared/design/FACTS.md lists for the real tiles.
+equilibrium line, ice that follows the drainage down into the valleys until it has melted, debris on its
+lower end and along its sides, lakes below its ends, then a satellite that looks at it all under a low sun.
+Apart from warm slopes all ground is under snow, so that colour alone does not give the classes away, as in
+the real tiles. No real data is read or copied; constants called "tuned" were set so that statistics and looks
+of a sample resemble those of the real tiles.
 """
 
 from __future__ import annotations
@@ -33,48 +33,57 @@ COARSE = 4  # pixels a side of a cell of the grid on which water and ice are rou
 CELL = COARSE * PIXEL  # m
 MARGIN = 32  # px simulated around the scene, so that glaciers may enter and leave it
 SMALLEST_CANVAS = 256  # px; smaller scenes are cut out of one of this size, around a lake
-ATTEMPTS = 20  # reliefs tried until one has every class; the first does nearly always
+ATTEMPTS = 100  # reliefs tried until one has every class; 1 to 2 at 512 px, 4 at 64 px
 
 RELIEF_WAVELENGTH = 9000.0  # m, spacing of the large massifs
-HURST = 0.8  # roughness of the relief before erosion; mountains: 0.7-0.9 (Turcotte 1997, ch. 7)
+HURST = 0.8  # a surface of fractal dimension 2.2, as of topography (Turcotte 1997)
 EROSION_EXPONENT = 0.5  # of the drainage area in the stream power law (Whipple & Tucker 1999)
-EROSION_LEVELS = ((4, 16), (2, 8), (1, 3))  # (cells a side of a coarser grid, steps on it): large valleys first
+EROSION_LEVELS = ((4, 16), (2, 8), (1, 3))  # (cells a side of a coarser cell, steps): large valleys first
 EROSION_STRENGTH = 0.20  # tuned, as the next three: valleys are carved in a few steps
 INITIAL_RELIEF = 300.0  # m, standard deviation of the heights before erosion
 UPLIFT = 60.0  # m a step
 ROUGHNESS = 0.15  # of the cell, m/m
 TALUS_SLOPE = np.tan(np.radians(45))  # steeper ground sheds rock
 
+NO_GROUND = -1e4  # m, the height of what lies beyond the rim: it casts no shadow
+
 LAPSE_RATE = 6.5e-3  # K/m, International Standard Atmosphere
 MELTING_POINT = 273.15  # K
-BALANCE_GRADIENT = 0.006  # m water equivalent per m of height and year; 0.005-0.008 in Benn & Lehmkuhl 2000
+BALANCE_GRADIENT = 0.006  # m water equivalent a year per m of height, in the usual range of 0.004-0.01
 LARGEST_ACCUMULATION = 1.2  # m water equivalent a year
 LARGEST_ABLATION = 3.0
 SHADE_LOWERS_LINE = 220.0  # m by which full shade lowers equilibrium line and snow line (tuned)
 AVALANCHE_SLOPE = np.tan(np.radians(40))  # steeper slopes do not hold ice; their snow feeds the glacier below
 SMALLEST_FLUX = 3.0  # routed balance that still makes a tongue (tuned)
 DRAINAGE_CELLS = 40  # cells that drain into a cell of a stream
+MELTING_WIDTH = 0.35  # cells of the tongue that melt at a point of its axis, times a growth with flux (tuned)
+ICE_DEPTH = 46.0  # m, of ice at a flux of 1 above the smallest (tuned)
+DEPTH_EXPONENT = 1 / 3  # large glaciers are deeper
 THICKEST_ICE = 250.0  # m
-SMALLEST_GLACIER = 12  # px = 1.1 ha; inventories stop at 1 to 2 ha (Paul et al. 2009)
+SMALLEST_GLACIER = 12  # px, 0.01 km2: the smallest in glacier inventories (Paul et al. 2009)
 
 # Albedo in blue, green, red and SWIR-1: fresh snow is bright and dark beyond 1.5 um (Wiscombe & Warren 1980),
 # rock and debris brighten towards the infrared, water is darkest there. Exact values tuned.
 SNOW = (1.10, 1.06, 1.06, 0.065)
-FIRN = (1.06, 1.01, 0.99, 0.035)  # what glaciers show: colder, coarser snow
+FIRN = (1.08, 1.03, 1.02, 0.045)  # what glaciers show: colder, coarser snow
 ROCK = (0.15, 0.18, 0.21, 0.250)
 STONES = (0.13, 0.15, 0.17, 0.210)  # supraglacial debris
 WATER = (0.11, 0.10, 0.07, 0.012)
 SKYLIGHT = (0.125, 0.115, 0.090, 0.010)  # share of the incoming light that reaches shaded ground (Rayleigh)
-PATH_OFFSET = (-0.080, -0.072, -0.080, -0.024)  # over-corrected atmosphere: shade is below 0 in the real tiles
+PATH_OFFSET = (-0.080, -0.072, -0.080, -0.024)  # over-corrected atmosphere: deep shade is below 0
 OFFSET_SPREAD = 0.010
+SWIR = 3  # index of the band
+GRAIN_SPREAD = 0.4  # of the logarithm of the SWIR albedo (tuned)
 REFLECTANCE_NOISE = (0.006, 0.006, 0.006, 0.004)
 THERMAL_NOISE = 0.15  # K
 THERMAL_BLUR = 1.4  # px (sigma): TIRS resolves 100 m, resampled to 30 m (USGS LSDS-1574)
 
-SUN_WARMING = 6.0  # K for snow that faces the sun (tuned, as the next three)
+SUN_WARMING = 6.0  # K for snow that faces the sun (tuned, as the next five)
 ROCK_WARMING = 13.0
-STONES_WARMING = 3.0
-COLD_AIR = 2.5  # K by which glaciers are colder than the ground around them
+STONES_WARMING = 1.0
+COLD_AIR = 6.0  # K by which glaciers are colder than the ground around them
+COLD_AIR_REACH = 8.0  # px (sigma): the cold air over a glacier spreads beyond its edge
+WIND = 1.8  # K, standard deviation of what else moves temperatures
 
 LARGEST_DN = 65454  # of a measurement in the real tiles
 PARTIAL_NODATA_SHARE = 0.01  # of the pixels: a zero in one band only
@@ -90,7 +99,7 @@ GRID_ORIGIN = (600000.0, 3790000.0)  # easting and northing of the corner of til
 
 @dataclass(frozen=True)
 class SceneParameters:
-    """What is drawn at random about a scene; the tiles of a sample share the sun, the air and the lines.
+    """What is drawn at random about a scene; the tiles of a sample share the sun and the air.
 
     Angles in degrees (azimuth clockwise from north), heights in metres, temperature in kelvin, shares 0-1.
     """
@@ -128,7 +137,7 @@ class Scene:
 
 @dataclass
 class _Drainage:
-    """Where water goes, on flattened cells: `order` runs from the outlets upstream; outlets have parent -1."""
+    """Where water goes, on flattened cells: `order` runs from the outlets up; outlets have parent -1."""
 
     order: list[int]
     parent: list[int]
@@ -163,7 +172,7 @@ def make_scene(seed: int, size: int, index: int = 0) -> Scene:
         index: of the tile within the acquisition.
 
     Raises:
-        InputError: size below 64.
+        InputError: size below 64, or no relief with every class (not seen so far).
     """
     if size < SMALLEST_SIZE:
         raise InputError(f"found a size of {size} px, expected at least {SMALLEST_SIZE}")
@@ -172,7 +181,9 @@ def make_scene(seed: int, size: int, index: int = 0) -> Scene:
         scene = _try_scene(draw_parameters(seed, size, rng), rng)
         if scene is not None and len(np.unique(scene.classes)) == len(CLASS_NAMES):
             return scene
-    raise RuntimeError(f"seed {seed}, tile {index}: none of {ATTEMPTS} reliefs has every class; change the seed")
+    raise InputError(
+        f"seed {seed}, tile {index}: none of {ATTEMPTS} reliefs has every class; choose another seed"
+    )
 
 
 def draw_parameters(seed: int, size: int, rng: np.random.Generator) -> SceneParameters:
@@ -184,11 +195,11 @@ def draw_parameters(seed: int, size: int, rng: np.random.Generator) -> ScenePara
         sun_elevation=acquisition.uniform(35, 39),
         mean_elevation=5000 + rng.uniform(-150, 150),
         relief=rng.uniform(430, 560),
-        equilibrium_quantile=rng.uniform(0.58, 0.72),
-        snow_line_drop=rng.uniform(700, 1050),
-        temperature=acquisition.uniform(251.5, 253.5),
+        equilibrium_quantile=rng.uniform(0.60, 0.76),
+        snow_line_drop=rng.uniform(700, 1000),
+        temperature=acquisition.uniform(252.0, 254.0),
         path_offset=tuple(v + acquisition.normal(0, OFFSET_SPREAD / 2) for v in PATH_OFFSET),
-        debris_share=rng.uniform(0.12, 0.28),
+        debris_share=rng.uniform(0.16, 0.34),
         nodata_share=rng.uniform(0.12, 0.28),
     )
 
@@ -209,7 +220,7 @@ def _try_scene(parameters: SceneParameters, rng: np.random.Generator) -> Scene |
     bands = observe(elevation, line, classes, parameters, rng)
 
     elevation, classes, bands = elevation[window], classes[window], bands[window]
-    centre = lakes[0].mean(axis=0) - (window[1].start, window[0].start)
+    centre = lakes[0][0] - (window[1].start, window[0].start)
     masked = mask_clouds(elevation, parameters, centre, rng)
     classes = np.where(masked, OTHER, classes).astype(np.uint8)
     bands = drop_values(bands, masked, rng)
@@ -217,8 +228,8 @@ def _try_scene(parameters: SceneParameters, rng: np.random.Generator) -> Scene |
 
 
 def _window(lake: np.ndarray, size: int, side: int) -> tuple[slice, slice]:
-    """Return the scene's place on the canvas: its middle, or for small scenes around the largest lake."""
-    centre = lake.mean(axis=0) if size < SMALLEST_CANVAS else (side / 2, side / 2)
+    """Return the scene's place on the canvas: its middle, or for small scenes where a tongue meets `lake`."""
+    centre = lake[0] if size < SMALLEST_CANVAS else (side / 2, side / 2)
     col, row = (int(np.clip(c - size / 2, MARGIN, side - MARGIN - size)) for c in centre)
     return slice(row, row + size), slice(col, col + size)
 
@@ -239,15 +250,16 @@ def fractal(rng: np.random.Generator, side: int, longest: float, hurst: float) -
 
 
 def carve_relief(parameters: SceneParameters, rng: np.random.Generator) -> np.ndarray:
-    """Return heights in metres, float64, on a square grid of 120 m cells: fractal relief, carved by rivers."""
-    side = -(-(max(parameters.size, SMALLEST_CANVAS) + 2 * MARGIN) // COARSE)
-    z = fractal(rng, -(-side // EROSION_LEVELS[0][0]), RELIEF_WAVELENGTH / (EROSION_LEVELS[0][0] * CELL), HURST)
-    z *= INITIAL_RELIEF
+    """Return heights in metres, float64, on a square grid of 120 m cells: fractal relief carved by rivers."""
+    side = _ceil_divide(max(parameters.size, SMALLEST_CANVAS) + 2 * MARGIN, COARSE)
+    coarsest = EROSION_LEVELS[0][0]
+    wavelength = RELIEF_WAVELENGTH / (coarsest * CELL)
+    z = INITIAL_RELIEF * fractal(rng, _ceil_divide(side, coarsest), wavelength, HURST)
     for cells, steps in EROSION_LEVELS:
-        z = _enlarge(z, -(-side // cells))
+        z = _enlarge(z, _ceil_divide(side, cells))
         for _ in range(steps):
             z = erode(z, cells * CELL, rng)
-    z = cv2.GaussianBlur(z[:side, :side], (0, 0), 0.7)
+    z = cv2.GaussianBlur(z, (0, 0), 0.7)
     return parameters.mean_elevation + (z - z.mean()) / z.std() * parameters.relief
 
 
@@ -317,7 +329,7 @@ def accumulate(drainage: _Drainage) -> np.ndarray:
 
 
 def add_detail(coarse: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return heights on the grid of 30 m pixels: the coarse relief with rough ground, roughest where steep."""
+    """Return heights on the grid of 30 m pixels: the coarse relief with rough ground, most where steep."""
     side = coarse.shape[0] * COARSE
     z = cv2.GaussianBlur(_enlarge(coarse, side), (0, 0), COARSE / 2)
     steepness = np.clip(cv2.GaussianBlur(slope(z), (0, 0), 3), 0, 1.2)
@@ -334,9 +346,10 @@ def slope(z: np.ndarray) -> np.ndarray:
 
 
 def illuminate(z: np.ndarray, sun_azimuth: float, sun_elevation: float) -> np.ndarray:
-    """Return the direct sunlight on each pixel relative to flat ground: cosine of incidence over that of a plane.
+    """Return the direct sunlight on each pixel relative to flat ground, (H, W).
 
-    0 on slopes that face away and in cast shadow; rows run south, columns east.
+    That is the cosine of incidence over that of a plane; 0 on slopes that face away and in cast shadow.
+    `z` is in metres, angles in degrees; rows run south.
     """
     azimuth, elevation = np.radians(sun_azimuth), np.radians(sun_elevation)
     south, east = np.gradient(z, PIXEL)
@@ -358,9 +371,7 @@ def cast_shadow(z: np.ndarray, sun_azimuth: float, sun_elevation: float) -> np.n
     def move(heights: np.ndarray, pixels: int) -> np.ndarray:
         matrix = np.array([[1, 0, towards[0] * pixels], [0, 1, towards[1] * pixels]])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        return cv2.warpAffine(
-            heights, matrix, heights.shape[::-1], flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=-1e4
-        )
+        return cv2.warpAffine(heights, matrix, heights.shape[::-1], flags=flags, borderValue=NO_GROUND)
 
     heights = z.astype(np.float32)
     shadow = move(heights, 1) - drop
@@ -398,7 +409,7 @@ def flow_ice(coarse: np.ndarray, line: np.ndarray, drainage: _Drainage) -> _Ice:
     flux, largest, termini = _route_flux(mass_balance(coarse - line), drainage)
     streams = accumulate(drainage).ravel() >= DRAINAGE_CELLS
     axis = _nearest_axis(streams | (flux > SMALLEST_FLUX), drainage)
-    depth = 46.0 * np.maximum(flux - SMALLEST_FLUX, 0) ** 0.33  # metres; width and depth grow with flux (tuned)
+    depth = ICE_DEPTH * np.maximum(flux - SMALLEST_FLUX, 0) ** DEPTH_EXPONENT
     above = np.maximum(coarse - coarse.ravel()[axis], 0)
     filled = np.where(depth[axis] > 0, coarse.ravel()[axis] + depth[axis], coarse - 60)
     surface = cv2.GaussianBlur(filled, (0, 0), 0.8)
@@ -410,15 +421,15 @@ def flow_ice(coarse: np.ndarray, line: np.ndarray, drainage: _Drainage) -> _Ice:
 def _route_flux(
     balance: np.ndarray, drainage: _Drainage
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, float]]]:
-    """Return ice flux and the largest flux upstream of each flattened cell, and (cell, flux) of the termini."""
+    """Return each flattened cell's flux, the largest flux upstream of it, and (cell, flux) of the termini."""
     gain = balance.ravel().tolist()
     flux = [0.0] * len(gain)
     largest = [0.0] * len(gain)
     termini = []
     for c in reversed(drainage.order):
         inflow = flux[c]
-        width = 1 + 0.5 * inflow**0.4  # cells that melt at this point of the tongue
-        outflow = max(inflow + gain[c] * (1 if gain[c] > 0 else 0.35 * width), 0)
+        width = 1 if gain[c] > 0 else MELTING_WIDTH * (1 + 0.5 * inflow**0.4)
+        outflow = max(inflow + gain[c] * width, 0)
         flux[c] = outflow
         largest[c] = max(largest[c], outflow)
         if outflow == 0 and inflow > 0 and largest[c] > SMALLEST_FLUX:
@@ -457,8 +468,8 @@ def place_lakes(
         path = [cell]
         while len(path) < 7 and drainage.parent[path[-1]] >= 0:
             path.append(drainage.parent[path[-1]])
-        if len(path) < 3 or ice.flux[path[1:]].max() > SMALLEST_FLUX:  # off the canvas, or another glacier there
-            continue
+        if len(path) < 3 or ice.flux[path[1:]].max() > SMALLEST_FLUX:
+            continue  # off the canvas, or another glacier comes in there
         rows, cols = np.unravel_index(path[1 : rng.integers(3, 7)], drainage.shape)
         line = (np.stack([cols, rows], axis=1) + 0.5) * COARSE
         far = all(np.hypot(*(line.mean(axis=0) - lake.mean(axis=0))) > 24 for lake in lakes)
@@ -501,7 +512,8 @@ def accumulation_area(elevation: np.ndarray, line: np.ndarray, rng: np.random.Ge
     smooth = cv2.GaussianBlur(elevation, (0, 0), 2.5)
     above = smooth - line + 60 * fractal(rng, side, 60, 0.6)
     curvature = cv2.GaussianBlur(elevation, (0, 0), 12) - smooth  # m; ridges and ribs are below 0
-    holds = AVALANCHE_SLOPE - slope(smooth) + 0.02 * np.clip(curvature, -60, 30) + 0.06 * fractal(rng, side, 40, 0.7)
+    hollow = 0.02 * np.clip(curvature, -60, 30)
+    holds = AVALANCHE_SLOPE - slope(smooth) + hollow + 0.06 * fractal(rng, side, 40, 0.7)
     return (above > 0) & (holds > 0)
 
 
@@ -558,7 +570,8 @@ def snow_cover(
     side = elevation.shape[0]
     smooth = cv2.GaussianBlur(elevation, (0, 0), 1.5)
     sun = illuminate(smooth, parameters.sun_azimuth, parameters.sun_elevation)
-    bare_up_to = line - parameters.snow_line_drop + 520 * (sun - 1) + 350 * (np.clip(slope(smooth), 0, 1.5) - 0.6)
+    steepness = np.clip(slope(smooth), 0, 1.5) - 0.6  # 0.6: the mean slope
+    bare_up_to = line - parameters.snow_line_drop + 520 * (sun - 1) + 350 * steepness
     above = elevation - bare_up_to + 110 * fractal(rng, side, 20, 0.35)
     return np.clip(above / 200 + 0.5, 0, 1)
 
@@ -576,7 +589,8 @@ def observe(
     """Return what the sensors measure, (H, W, 5) float64: reflectance of bands 1-4, kelvin."""
     sun = illuminate(elevation, parameters.sun_azimuth, parameters.sun_elevation)
     snow = snow_cover(elevation, line, parameters, rng)
-    stones = np.where(classes == DEBRIS, np.clip(0.12 + 0.10 * fractal(rng, snow.shape[0], 10, 0.4), 0, 0.6), 0)
+    exposed = np.clip(0.03 + 0.09 * fractal(rng, snow.shape[0], 10, 0.4), 0, 0.6)  # the rest is snowed in
+    stones = np.where(classes == DEBRIS, exposed, 0)
     fractions = surface_fractions(classes, snow, stones)
     reflectance = reflect(fractions, sun, parameters, rng)
     kelvin = warm(elevation, classes, fractions, sun, parameters, rng)
@@ -606,13 +620,16 @@ def reflect(
     side = sun.shape[0]
     albedos = {"snow": SNOW, "firn": FIRN, "rock": ROCK, "stones": STONES, "water": WATER}
     texture = 1 + 0.045 * fractal(rng, side, 16, 0.2)
+    grain = np.exp(GRAIN_SPREAD * fractal(rng, side, 40, 0.3))  # coarse snow is darker beyond 1 um
     sky = np.clip(1 + 0.5 * fractal(rng, side, 60, 0.7), 0.1, None)  # valleys see less of it
     bands = []
     for band in range(4):
-        albedo = sum(share * albedos[name][band] for name, share in fractions.items())
+        albedo = sum(share * albedos[name][band] for name, share in fractions.items()) * texture
+        if band == SWIR:
+            albedo *= 1 + (fractions["snow"] + fractions["firn"]) * (grain - 1)
         light = sun * (1 - SKYLIGHT[band]) + SKYLIGHT[band] * sky
         noise = rng.normal(0, REFLECTANCE_NOISE[band], sun.shape)
-        bands.append(albedo * texture * light + parameters.path_offset[band] + noise)
+        bands.append(albedo * light + parameters.path_offset[band] + noise)
     return np.dstack(bands)
 
 
@@ -629,8 +646,9 @@ def warm(
     kelvin = parameters.temperature - LAPSE_RATE * (elevation - parameters.mean_elevation)
     light = np.clip(cv2.GaussianBlur(sun, (0, 0), 2), 0, 1.6)
     kelvin += light * (SUN_WARMING + ROCK_WARMING * fractions["rock"])
-    kelvin += np.where(classes == DEBRIS, STONES_WARMING, 0) - np.where(fractions["firn"] > 0, COLD_AIR, 0)
-    kelvin += 1.2 * fractal(rng, side, 80, 0.6)
+    on_ice = (classes == GLACIER) | (classes == DEBRIS)
+    kelvin -= COLD_AIR * cv2.GaussianBlur(on_ice.astype(np.float64), (0, 0), COLD_AIR_REACH)
+    kelvin += np.where(classes == DEBRIS, STONES_WARMING, 0) + WIND * fractal(rng, side, 80, 0.8)
     kelvin = np.where(classes == LAKE, MELTING_POINT - 2 + light, kelvin)
     kelvin = cv2.GaussianBlur(kelvin, (0, 0), THERMAL_BLUR) + rng.normal(0, THERMAL_NOISE, kelvin.shape)
     return np.where(classes == OTHER, kelvin, np.minimum(kelvin, MELTING_POINT))
@@ -641,8 +659,8 @@ def mask_clouds(
 ) -> np.ndarray:
     """Return the pixels that are masked as cloud or its shadow, (H, W) bool.
 
-    Fractal clouds and, as in the real tiles, patches along the edges of terrain shadow that the masking takes for
-    cloud shadow; both grown by a square. The sky is clear around `keep` (col, row), where a lake and a tongue lie.
+    Fractal clouds and, as in the real tiles, patches along the edges of terrain shadow that the masking takes
+    for cloud shadow; both grown by a square. The sky is clear around `keep` (col, row), where a tongue ends.
     """
     side = elevation.shape[0]
     sun = illuminate(elevation, parameters.sun_azimuth, parameters.sun_elevation)
@@ -655,7 +673,7 @@ def mask_clouds(
 
 
 def drop_values(bands: np.ndarray, masked: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the bands as stored and read again, float32: NaN where masked, and in one band of 1 % of the rest.
+    """Return the bands as written and read again, float32: NaN where masked, and 1 % more in one band only.
 
     Single values are lost where a band is brightest or darkest: saturated or corrected to below nothing.
     """
@@ -685,6 +703,10 @@ def from_numbers(numbers: np.ndarray) -> np.ndarray:
     return np.where(numbers == 0, np.float32(np.nan), numbers * scale + offset)
 
 
+def _ceil_divide(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
 def _shrink(values: np.ndarray) -> np.ndarray:
     """Return pixels averaged to cells."""
     side = values.shape[0] // COARSE
@@ -707,7 +729,7 @@ def write_sample(out: Path, tiles: int, size: int, seed: int, naming: str, label
         tiles: number of tiles.
         size: side of a tile in pixels, at least 64.
         seed: of all that is random; the same seed gives the same bytes.
-        naming: "training" (B2_B2_masked_00_00.tif in Band1, another name in each band) or "platform"
+        naming: "training" (B2_B2_masked_01_01.tif in Band1, another name in each band) or "platform"
             (img001.tif everywhere).
         labels: "phase1" (label/ with 0 and 255), "phase2" (label/ with 0, 85, 170, 255) or "both" (label/ of
             phase 1, and label_phase2/ for every third tile).
@@ -718,7 +740,7 @@ def write_sample(out: Path, tiles: int, size: int, seed: int, naming: str, label
     out = Path(out)
     _check_options(tiles, size, seed, naming, labels)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: not empty; expected a new or empty folder; name another one or remove this one")
+        raise InputError(f"{out}: not empty, expected a new or empty folder; name another or remove this one")
     identifiers = []
     for index in range(tiles):
         scene = make_scene(seed, size, index)
@@ -757,7 +779,7 @@ def phase2_values(classes: np.ndarray) -> np.ndarray:
 
 
 def phase1_values(classes: np.ndarray) -> np.ndarray:
-    """Return class indices as phase-1 grey values, uint8: 255 for a glacier of either kind, 0 for the rest."""
+    """Return class indices as phase-1 grey values, uint8: 255 for glaciers of either kind, 0 for the rest."""
     return np.where((classes == GLACIER) | (classes == DEBRIS), 255, 0).astype(np.uint8)
 
 

@@ -34,6 +34,112 @@ def run_fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `evaluate`."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run with finished folds")
+    add_store_argument(parser)
+
+
+def add_store_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --store."""
+    parser.add_argument("--store", type=Path, default=Path("data/competition"), help="default: %(default)s")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Predict every tile with the fold that never saw it, and score the predictions."""
+    from prep.store import TileStore
+    from train.evaluate import predict_run
+    from train.report import score_run
+
+    store = TileStore(arguments.store)
+    predict_run(arguments.run, store)
+    pooled = score_run(arguments.run, store)["pooled"]["valid_pixels"]
+    four = f"{pooled['four_class']['mcc']:.4f}" if pooled["four_class"] else "undefined"
+    print(f"{arguments.run}: out-of-fold MCC {pooled['binary']['mcc']:.4f} (extent), {four} (four classes)")
+    return 0
+
+
+def add_baseline_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `baseline`."""
+    parser.add_argument("--scheme", default="stratified", help="fold scheme (default: %(default)s)")
+    parser.add_argument("--run", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    add_store_argument(parser)
+
+
+def run_baseline(arguments: argparse.Namespace) -> int:
+    """Fit the per-pixel gradient boosting on the same folds, and score it."""
+    from solution import usable_cores
+    from train.baseline import run_baseline as fit_baseline
+
+    fit_baseline(arguments.store, arguments.scheme, arguments.run, arguments.seed, usable_cores())
+    return 0
+
+
+def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `calibrate`."""
+    parser.add_argument("runs", type=Path, nargs="+", help="evaluated runs; a step must gain in each of them")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for `pack`")
+    parser.add_argument("--report", type=Path, help="Markdown file for the table of steps")
+    add_store_argument(parser)
+
+
+def run_calibrate(arguments: argparse.Namespace) -> int:
+    """Decide by out-of-fold MCC which steps follow the forward passes."""
+    from prep.store import TileStore
+    from solution import usable_cores
+    from train import calibrate
+
+    settings, results = calibrate.calibrate(arguments.runs, TileStore(arguments.store), usable_cores())
+    calibrate.write_calibration(arguments.out, arguments.runs, settings, results)
+    if arguments.report:
+        runs = " ".join(str(run) for run in arguments.runs)
+        commands = [f"python -m train calibrate {runs} --out {arguments.out} --report {arguments.report}"]
+        calibrate.write_report(arguments.report, arguments.runs, results, commands)
+    return 0
+
+
+def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `pack`."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run with finished folds")
+    parser.add_argument(
+        "--calibration", type=Path, help="JSON file of `calibrate`; default: no optional step"
+    )
+    parser.add_argument("--out", type=Path, default=Path("weights/model.pth"), help="default: %(default)s")
+
+
+def run_pack(arguments: argparse.Namespace) -> int:
+    """Pack the folds into one model.pth and write its card."""
+    from train.package import pack
+
+    out = pack(arguments.run, arguments.calibration, arguments.out)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `report`."""
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="evaluated runs and their names")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reports/out_of_fold.md"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--made-with", action="append", default=[], metavar="LINE", help="a command to show in the report"
+    )
+    add_store_argument(parser)
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Compare the out-of-fold scores of runs in Markdown, with figures."""
+    from prep.store import TileStore
+    from train.report import write_report
+
+    runs = {name: Path(folder) for name, folder in (run.split("=", 1) for run in arguments.runs)}
+    write_report(runs, TileStore(arguments.store), arguments.out, arguments.made_with)
+    print(f"{arguments.out} written")
+    return 0
+
+
 def fold_numbers(text: str) -> list[int]:
     """Return the numbers in text such as "0,1,2"."""
     return [int(number) for number in text.split(",")]
@@ -41,6 +147,13 @@ def fold_numbers(text: str) -> list[int]:
 
 COMMANDS = {
     "fit": Command("train the folds of a tile store", add_fit_arguments, run_fit),
+    "evaluate": Command(
+        "predict and score the held-out tiles of a run", add_evaluate_arguments, run_evaluate
+    ),
+    "baseline": Command("score a gradient boosting on the same folds", add_baseline_arguments, run_baseline),
+    "calibrate": Command("decide on views, bias, CRF, cleaning", add_calibrate_arguments, run_calibrate),
+    "pack": Command("write weights/model.pth", add_pack_arguments, run_pack),
+    "report": Command("compare runs in Markdown", add_report_arguments, run_report),
 }
 
 
@@ -64,7 +177,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 # Errors that are the user's to solve: their message is enough. By name, since importing them takes seconds.
-EXPECTED_ERRORS = ("ConfigError", "DataError", "InputError", "RunError", "StoreError", "TileError")
+EXPECTED_ERRORS = (
+    "ConfigError",
+    "DataError",
+    "InputError",
+    "ReportError",
+    "RunError",
+    "StoreError",
+    "TileError",
+)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Out-of-fold predictions: each tile by the fold that never saw it, with the submission's own passes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from prep.store import TileStore
+from solution import (
+    CLASS_NAMES,
+    VIEWS,
+    Member,
+    Model,
+    Postprocess,
+    ensemble_probabilities,
+    load_member,
+    usable_cores,
+)
+from train.fit import FOLD_FILE, FOLD_FORMAT, RunError
+
+PASSES_FOLDER = "passes"  # <tile_id>.npy: (6, 4, H, W) float16, the probabilities of each view
+OOF_FOLDER = "oof"  # <tile_id>.npy: (4, H, W) float16, their mean
+
+
+def read_fold(path: Path) -> dict:
+    """Return the record of a finished fold with its weights.
+
+    Raises:
+        RunError: it is missing or of another format.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: no such fold; train it with `python -m train fit` (or `make train-all`)")
+    record = torch.load(path, map_location="cpu", weights_only=True)
+    if record.get("format") != FOLD_FORMAT:
+        raise RunError(f"{path}: format {record.get('format')!r}, expected {FOLD_FORMAT!r}; train it again")
+    return record
+
+
+def read_folds(run_dir: Path) -> list[dict]:
+    """Return the records of all finished folds of a run, in the order of their numbers.
+
+    Raises:
+        RunError: there are none.
+    """
+    paths = sorted(Path(run_dir).glob(f"fold*/{FOLD_FILE}"))
+    if not paths:
+        raise RunError(f"{run_dir}: no finished folds; train them with `python -m train fit --run {run_dir}`")
+    return sorted((read_fold(path) for path in paths), key=lambda record: record["fold"])
+
+
+def as_member(record: dict) -> Member:
+    """Return a fold as a member of an ensemble, loaded as the submission loads it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_member({**record, "weight": 1.0}, f"fold {record['fold']}", device)
+
+
+def predict_views(member: Member, image: np.ndarray) -> np.ndarray:
+    """Return the class probabilities of an image (H, W, 5) in each view, (6, 4, H, W) float16."""
+    device = next(member.network.parameters()).device
+    no_bias = (0.0,) * len(CLASS_NAMES)
+    maps = [
+        ensemble_probabilities(Model((member,), no_bias, Postprocess(), device), image, (view,))
+        for view in VIEWS
+    ]
+    return np.stack(maps).astype(np.float16)
+
+
+def predict_run(run_dir: Path, store: TileStore) -> None:
+    """Write `passes/` and `oof/` of a run for every held-out tile of its finished folds.
+
+    A tile whose files are newer than its fold's checkpoint is not predicted again.
+    """
+    run_dir = Path(run_dir)
+    for folder in (PASSES_FOLDER, OOF_FOLDER):
+        (run_dir / folder).mkdir(exist_ok=True)
+    torch.set_num_threads(usable_cores())
+    torch.set_flush_denormal(True)
+    records = read_folds(run_dir)
+    with tqdm(total=sum(len(record["val_tiles"]) for record in records), unit="tile", file=sys.stderr) as bar:
+        for record in records:
+            checkpoint = run_dir / f"fold{record['fold']}" / FOLD_FILE
+            todo = [tile for tile in record["val_tiles"] if not _is_fresh(run_dir, tile, checkpoint)]
+            bar.update(len(record["val_tiles"]) - len(todo))
+            member = as_member(record) if todo else None
+            for tile in todo:
+                passes = predict_views(member, store.image(tile))
+                np.save(
+                    run_dir / OOF_FOLDER / f"{tile}.npy",
+                    passes.mean(axis=0, dtype=np.float32).astype(np.float16),
+                )
+                np.save(
+                    run_dir / PASSES_FOLDER / f"{tile}.npy", passes
+                )  # last: its presence means both are whole
+                bar.update()
+
+
+def _is_fresh(run_dir: Path, tile: str, checkpoint: Path) -> bool:
+    path = run_dir / PASSES_FOLDER / f"{tile}.npy"
+    return path.is_file() and path.stat().st_mtime > checkpoint.stat().st_mtime
+
+
+def load_passes(run_dir: Path, tile: str) -> np.ndarray:
+    """Return a tile's probabilities in each view, (6, 4, H, W) float16.
+
+    Raises:
+        RunError: they have not been predicted.
+    """
+    path = Path(run_dir) / PASSES_FOLDER / f"{tile}.npy"
+    if not path.is_file():
+        raise RunError(
+            f"{path}: not predicted yet; finish all folds, then `python -m train evaluate --run {run_dir}`"
+        )
+    return np.load(path)
