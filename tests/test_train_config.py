@@ -85,7 +85,7 @@ def test_override_without_key_or_value(override):
         "augment.gain=1",
         "optim.lr=nan",
         "optim.ema_decay=1",
-        "train.threads=0",
+        "train.threads=-1",
         "loss.class_weights=[1,2]",
     ],
 )

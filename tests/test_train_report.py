@@ -14,6 +14,7 @@ from prep.store import TileRow, TileStore, create
 from solution import CLASS_NAMES
 from train import report
 from train.config import Config, DataConfig, save_config
+from train.pictures import false_colour, paint_codes
 
 SHAPE = (24, 36)
 LABELS = {"01_01": "phase2", "01_02": "phase1", "02_01": "phase2", "02_02": "phase1", "03_01": "phase1"}
@@ -236,7 +237,7 @@ def test_false_colour_stretches_each_band_and_leaves_nodata_white():
     image = np.zeros((10, 10, 5), np.float32)
     image[..., 3] = np.arange(100).reshape(10, 10)  # SWIR is shown as red
     image[0, 0, 2] = np.nan  # one band only, or it would shine in the colour of that band
-    picture = report.false_colour(image)
+    picture = false_colour(image)
     assert picture.dtype == np.uint8
     assert (picture[0, 0] == 255).all()
     assert picture[9, 9, 0] == 255
@@ -246,4 +247,4 @@ def test_false_colour_stretches_each_band_and_leaves_nodata_white():
 
 def test_every_code_has_a_colour_of_its_own():
     codes = np.array([[0, 1, 2, 3, GLACIER_OR_DEBRIS, OTHER_OR_LAKE, IGNORE]])
-    assert len({tuple(colour) for colour in report.paint_codes(codes)[0]}) == codes.size
+    assert len({tuple(colour) for colour in paint_codes(codes)[0]}) == codes.size

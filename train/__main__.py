@@ -140,6 +140,22 @@ def run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `preview`."""
+    parser.add_argument("--data", type=Path, required=True, help="folder with Band1 ... Band5")
+    parser.add_argument("--masks", type=Path, required=True, help="folder of masks that solution.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file")
+
+
+def run_preview(arguments: argparse.Namespace) -> int:
+    """Draw a contact sheet of tiles and their masks."""
+    from train.pictures import write_contact_sheet
+
+    count = write_contact_sheet(arguments.data, arguments.masks, arguments.out)
+    print(f"{arguments.out}: {count} tiles")
+    return 0
+
+
 def fold_numbers(text: str) -> list[int]:
     """Return the numbers in text such as "0,1,2"."""
     return [int(number) for number in text.split(",")]
@@ -153,6 +169,7 @@ COMMANDS = {
     "baseline": Command("score a gradient boosting on the same folds", add_baseline_arguments, run_baseline),
     "calibrate": Command("decide on views, bias, CRF, cleaning", add_calibrate_arguments, run_calibrate),
     "pack": Command("write weights/model.pth", add_pack_arguments, run_pack),
+    "preview": Command("draw a contact sheet of tiles and masks", add_preview_arguments, run_preview),
     "report": Command("compare runs in Markdown", add_report_arguments, run_report),
 }
 

@@ -273,7 +273,7 @@ def write_report(
     text = (
         "# What follows the forward passes\n\n"
         "Out-of-fold score: the mean of the binary MCC on all tiles and the four-class MCC on those with "
-        "phase-2 labels. *With* is nested: each fold uses the option that was best on the other folds. A step "
+        "phase-2 labels. *With* is nested: each fold uses the option that was best on the others. A step "
         f"is kept where it gains at least {MIN_GAIN} in every run. Steps build on those kept before them.\n\n"
         "```sh\n" + "\n".join(commands) + "\n```\n\n" + table + "\n"
     )

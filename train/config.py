@@ -87,7 +87,7 @@ class TrainConfig:
     epochs: int = 20
     early_stop: int = 8  # stop after this many epochs without a better val_mcc; 0: never
     seed: int = 0
-    threads: int = 4  # CPU threads of PyTorch
+    threads: int = 0  # CPU threads of PyTorch; 0: all cores that the process may use
 
 
 @dataclass
@@ -188,7 +188,7 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
         ("train.epochs", train.epochs, train.epochs >= 1, "1 or more"),
         ("train.early_stop", train.early_stop, train.early_stop >= 0, "0 or more"),
         ("train.seed", train.seed, 0 <= train.seed < 2**31, "0 to 2147483647"),
-        ("train.threads", train.threads, train.threads >= 1, "1 or more"),
+        ("train.threads", train.threads, train.threads >= 0, "0 or more"),
     ]
 
 

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 
 from prep.labels import CODE_NAMES
 from prep.store import TileStore
-from solution import CLASS_NAMES
+from solution import CLASS_NAMES, usable_cores
 from train.config import Config, differing_keys, load_config, save_config, to_dict
 from train.data import FoldData, open_fold
 from train.module import RampedAveraging, SegmentationModule
@@ -73,7 +73,7 @@ def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callb
         record = read_record(folder / FOLD_FILE)
         print(f"fold {fold}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
         return record
-    torch.set_num_threads(config.train.threads)
+    torch.set_num_threads(config.train.threads or usable_cores())
     torch.set_flush_denormal(True)  # trained networks slow down several-fold on a CPU without it
     data = open_fold(config, fold)
     folder.mkdir(parents=True, exist_ok=True)

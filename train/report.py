@@ -13,25 +13,21 @@ from typing import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from prep.labels import CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
+from prep.labels import IGNORE
 from prep.store import TileStore
-from solution import BANDS, CLASS_NAMES, valid_mask
+from solution import CLASS_NAMES, valid_mask
 from train.config import load_config
 from train.metrics import (
     BINARY_NAMES,
-    DEBRIS,
-    GLACIER,
-    LAKE,
     N_CLASSES,
-    OTHER,
     TileCounts,
     code_names,
     count_tile,
     pool,
     score_tiles,
 )
+from train.pictures import CODE_COLOURS, add_legend, false_colour, paint_codes
 
 OOF_FOLDER = "oof"
 RUN_FILE = "run.json"  # {"scheme": name of the fold scheme, ...}
@@ -39,17 +35,6 @@ SCORES_FILE = "scores.json"
 STRIPS_FOLDER = "strips"
 FOLD_CONFIGS = "fold*/config.yaml"
 
-FALSE_COLOUR = tuple([band.landsat for band in BANDS].index(name) for name in ("B6", "B4", "B3"))
-STRETCH = (2, 98)  # percentiles of a band that become black and full intensity
-CODE_COLOURS = {
-    OTHER: "#d9d4c7",
-    GLACIER: "#6baed6",
-    DEBRIS: "#8c510a",
-    LAKE: "#08306b",
-    GLACIER_OR_DEBRIS: "#9e9ac8",
-    OTHER_OR_LAKE: "#bdbdbd",
-    IGNORE: "#ffffff",
-}
 DPI = 100
 
 INTRODUCTION = """\
@@ -409,37 +394,8 @@ def _draw_strip(store: TileStore, tile_id: str, predicted: np.ndarray) -> Figure
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(title)
         axis.set_axis_off()
-    names = {**CODE_NAMES, IGNORE: "nodata"}
-    handles = [
-        Patch(facecolor=colour, edgecolor="grey", label=names[code]) for code, colour in CODE_COLOURS.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    add_legend(figure, CODE_COLOURS)
     return figure
-
-
-def false_colour(image: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) uint8 of SWIR, red, green of a tile (H, W, 5), stretched; white where any is NaN."""
-    shown = image[..., list(FALSE_COLOUR)]
-    picture = np.stack([_stretch(shown[..., index]) for index in range(3)], axis=-1)
-    picture[np.isnan(shown).any(axis=-1)] = 255
-    return picture
-
-
-def paint_codes(codes: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) uint8 colours of label codes or class indices (H, W)."""
-    palette = np.zeros((256, 3), dtype=np.uint8)
-    for code, colour in CODE_COLOURS.items():
-        palette[code] = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
-    return palette[codes]
-
-
-def _stretch(band: np.ndarray) -> np.ndarray:
-    present = np.isfinite(band)
-    if not present.any():
-        return np.full(band.shape, 255, dtype=np.uint8)
-    low, high = np.percentile(band[present], STRETCH)
-    scaled = np.clip((band - low) / max(high - low, 1e-6), 0, 1)
-    return np.where(present, 255 * scaled, 255).astype(np.uint8)
 
 
 def _save(figure: Figure, path: Path) -> None:
