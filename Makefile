@@ -2,9 +2,9 @@
 
 DATA ?= ../shared/data/glacierhack/Train
 STORE ?= data/competition
-CONFIG ?= train/configs/unet.yaml
+CONFIG ?= train/configs/coarse.yaml
 SCHEME ?= stratified
-NAME ?= unet
+NAME ?= coarse
 RUN ?= runs/$(NAME)-$(SCHEME)
 CALIBRATION ?= runs/$(NAME)-calibration.json
 WEIGHTS ?= weights/model.pth

@@ -23,7 +23,7 @@ import tempfile
 import time
 from io import BytesIO
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -352,8 +352,31 @@ def warn(message: str) -> None:
 
 # --- Networks -------------------------------------------------------------------------------------
 
+
+class CoarseUnet(nn.Module):
+    """A U-Net that sees the image at 1/`factor` of its resolution, and whose logits are enlarged again.
+
+    Glaciers are large against a pixel of 30 m: for the same work a step covers `factor`^2 times the area.
+    """
+
+    def __init__(self, factor: int = 2, **args: Any) -> None:
+        super().__init__()
+        self.factor = factor
+        self.unet = smp.Unet(**args)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, 4, H, W) of normalised bands (B, 5, H, W); H and W are multiples of STRIDE."""
+        coarse = nn.functional.avg_pool2d(x, self.factor)
+        height, width = coarse.shape[2:]
+        logits = self.unet(pad_to_multiple(coarse))[:, :, :height, :width]
+        return nn.functional.interpolate(
+            logits, scale_factor=self.factor, mode="bilinear", align_corners=False
+        )
+
+
 NETWORKS: Dict[str, Callable[..., nn.Module]] = {
     "Unet": smp.Unet,
+    "CoarseUnet": CoarseUnet,
     "UnetPlusPlus": smp.UnetPlusPlus,
     "FPN": smp.FPN,
     "DeepLabV3Plus": smp.DeepLabV3Plus,

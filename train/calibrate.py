@@ -127,7 +127,7 @@ def count_options(
         maps = [predict_with(option, passes, image, run.normalization[fold]) for option in options]
         return [count_tile(tile, fold, labels[tile], mask, classes) for classes in maps]
 
-    by_tile = Parallel(n_jobs=jobs)(delayed(count)(tile) for tile in run.fold_of)
+    by_tile = Parallel(n_jobs=jobs, prefer="threads")(delayed(count)(tile) for tile in run.fold_of)
     return [list(tiles) for tiles in zip(*by_tile)]
 
 
