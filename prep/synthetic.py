@@ -33,7 +33,7 @@ COARSE = 4  # pixels a side of a cell of the grid on which water and ice are rou
 CELL = COARSE * PIXEL  # m
 MARGIN = 32  # px simulated around the scene, so that glaciers may enter and leave it
 SMALLEST_CANVAS = 256  # px; smaller scenes are cut out of one of this size, around a lake
-ATTEMPTS = 100  # reliefs tried until one has every class; 1 to 2 at 512 px, 4 at 64 px
+ATTEMPTS = 100  # reliefs tried until one has every class; nearly always the first or the second will do
 
 RELIEF_WAVELENGTH = 9000.0  # m, spacing of the large massifs
 HURST = 0.8  # a surface of fractal dimension 2.2, as of topography (Turcotte 1997)
@@ -215,16 +215,27 @@ def _try_scene(parameters: SceneParameters, rng: np.random.Generator) -> Scene |
     lakes = place_lakes(ice, drainage, parameters.size, elevation.shape[0], rng)
     if not lakes:
         return None
-    window = _window(lakes[0], parameters.size, elevation.shape[0])
     classes, elevation = cover_ground(elevation, line, ice, lakes, parameters, rng)
+    lake, window = choose_window(classes, lakes, parameters.size)
     bands = observe(elevation, line, classes, parameters, rng)
 
     elevation, classes, bands = elevation[window], classes[window], bands[window]
-    centre = lakes[0][0] - (window[1].start, window[0].start)
+    centre = lake[0] - (window[1].start, window[0].start)
     masked = mask_clouds(elevation, parameters, centre, rng)
     classes = np.where(masked, OTHER, classes).astype(np.uint8)
     bands = drop_values(bands, masked, rng)
     return Scene(elevation.astype(np.float32), bands, classes, parameters)
+
+
+def choose_window(
+    classes: np.ndarray, lakes: list[np.ndarray], size: int
+) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """Return the lake around which the rarest class has most pixels, and the scene's place on the canvas."""
+
+    def rarest(choice: tuple[np.ndarray, tuple[slice, slice]]) -> int:
+        return int(np.bincount(classes[choice[1]].ravel(), minlength=len(CLASS_NAMES)).min())
+
+    return max(((lake, _window(lake, size, classes.shape[0])) for lake in lakes), key=rarest)
 
 
 def _window(lake: np.ndarray, size: int, side: int) -> tuple[slice, slice]:
@@ -462,15 +473,13 @@ def place_lakes(
         side: of the canvas in pixels.
     """
     inset = (side - max(size, SMALLEST_CANVAS)) / 2 + 16
-    count = max(2, round(5 * (size / 512) ** 2))
+    count = max(3, round(5 * (size / 512) ** 2))
     lakes = []
     for cell, _ in ice.termini:
-        path = [cell]
-        while len(path) < 7 and drainage.parent[path[-1]] >= 0:
-            path.append(drainage.parent[path[-1]])
-        if len(path) < 3 or ice.flux[path[1:]].max() > SMALLEST_FLUX:
-            continue  # off the canvas, or another glacier comes in there
-        rows, cols = np.unravel_index(path[1 : rng.integers(3, 7)], drainage.shape)
+        path = _free_valley(cell, ice, drainage)[: rng.integers(2, 6)]
+        if len(path) < 2:
+            continue
+        rows, cols = np.unravel_index(path, drainage.shape)
         line = (np.stack([cols, rows], axis=1) + 0.5) * COARSE
         far = all(np.hypot(*(line.mean(axis=0) - lake.mean(axis=0))) > 24 for lake in lakes)
         if far and line.min() > inset and line.max() < side - inset:
@@ -478,6 +487,16 @@ def place_lakes(
         if len(lakes) == count:
             break
     return lakes
+
+
+def _free_valley(terminus: int, ice: _Ice, drainage: _Drainage) -> list[int]:
+    """Return up to five cells downstream of a terminus, as far as no other glacier comes in."""
+    path: list[int] = []
+    cell = drainage.parent[terminus]
+    while len(path) < 5 and cell >= 0 and ice.flux[cell] <= SMALLEST_FLUX:
+        path.append(cell)
+        cell = drainage.parent[cell]
+    return path
 
 
 # --- Ground cover ---------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import pytest
 import rasterio
 import tifffile
 from scipy import ndimage, stats
+from sklearn.metrics import matthews_corrcoef
+from sklearn.tree import DecisionTreeClassifier
 
 from prep import synthetic
 from prep.synthetic import DEBRIS, GLACIER, LAKE, OTHER, Scene, make_scene, write_sample
@@ -21,9 +23,9 @@ SIZE = 256
 
 
 @lru_cache(maxsize=None)
-def scene(seed: int, size: int = SIZE) -> Scene:
+def scene(seed: int, size: int = SIZE, index: int = 0) -> Scene:
     """Return a scene made once for all tests, which do not change it."""
-    return make_scene(seed, size)
+    return make_scene(seed, size, index)
 
 
 @lru_cache(maxsize=None)
@@ -36,7 +38,7 @@ def bare_relief(seed: int) -> tuple[np.ndarray, synthetic.SceneParameters]:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory) -> dict[str, Path]:
-    """Return four samples of 64 px tiles by what is special about them."""
+    """Return samples of 64 px tiles by what is special about them."""
     root = tmp_path_factory.mktemp("samples")
     for name, (tiles, seed, naming, labels) in {
         "both": (4, 3, "training", "both"),
@@ -66,15 +68,13 @@ def test_same_seed_same_bytes(samples, tmp_path):
 
 
 def test_seeds_and_tiles_differ():
-    scenes = [make_scene(seed, 64, index) for seed, index in ((0, 0), (1, 0), (0, 1))]
+    scenes = [scene(seed, 64, index) for seed, index in ((0, 0), (1, 0), (0, 1))]
     assert len({one.bands.tobytes() for one in scenes}) == 3
     assert len({one.classes.tobytes() for one in scenes}) == 3
 
 
 def test_tiles_of_a_sample_share_the_sun():
-    first, second, other = (
-        make_scene(seed, 64, index).parameters for seed, index in ((0, 0), (0, 1), (1, 0))
-    )
+    first, second, other = (scene(seed, 64, index).parameters for seed, index in ((0, 0), (0, 1), (1, 0)))
     assert (first.sun_azimuth, first.sun_elevation) == (second.sun_azimuth, second.sun_elevation)
     assert first.sun_azimuth != other.sun_azimuth
     assert first.relief != second.relief
@@ -87,6 +87,11 @@ def test_any_size_has_every_class(size):
     assert one.elevation.shape == one.classes.shape == (size, size)
     assert (one.bands.dtype, one.classes.dtype, one.elevation.dtype) == (np.float32, np.uint8, np.float32)
     assert set(np.unique(one.classes)) == {OTHER, GLACIER, DEBRIS, LAKE}
+
+
+def test_a_relief_without_some_class_is_replaced():
+    for seed, index in ((2, 0), (1, 6), (0, 7)):  # the first relief of these has no clean ice or no lake
+        assert len(np.unique(scene(seed, 64, index).classes)) == 4
 
 
 def test_too_small_a_size_is_an_error():
@@ -103,7 +108,8 @@ def test_masked_pixels_lack_all_bands_and_are_other(seed):
     masked = missing.all(axis=-1)
     assert 0.10 < masked.mean() < 0.30
     assert (scene(seed).classes[masked] == OTHER).all()
-    assert 0.1 < ndimage.binary_erosion(masked, iterations=3).sum() / masked.sum()  # blobs, not noise
+    squares = ndimage.binary_opening(np.pad(masked, 9, mode="edge"), np.ones((9, 9)))[9:-9, 9:-9]
+    assert squares[masked].mean() > 0.95  # blobs made of squares, not noise
 
 
 def test_one_percent_lacks_one_band_only():
@@ -130,7 +136,7 @@ def test_statistics_resemble_the_real_tiles():
 def test_class_shares_resemble_the_real_tiles():
     classes = np.stack([scene(seed).classes for seed in range(4)])
     shares = np.bincount(classes.ravel(), minlength=4) / classes.size
-    assert shares[:3] == pytest.approx([0.70, 0.25, 0.05], abs=0.08)
+    assert shares[:3] == pytest.approx([0.70, 0.25, 0.05], abs=0.10)
     assert 0.0005 < shares[LAKE] < 0.005
 
 
@@ -177,8 +183,8 @@ def test_lakes_are_flat_and_below_the_glaciers():
 
 
 def test_ice_flows_downhill():
-    """Each cell's outlet path never ends above a cell whose ice reaches it, and flux is kept but for melting."""
-    heights, parameters = bare_relief(5)
+    """Ice below the equilibrium line has come down from above it, and there is no more than has fallen."""
+    heights, _ = bare_relief(5)
     coarse = heights[::4, ::4].copy()
     drainage = synthetic.route_water(coarse)
     line = np.full(coarse.shape, np.quantile(coarse, 0.7))
@@ -255,11 +261,11 @@ def test_slopes_that_face_the_sun_are_brighter(seed):
 def test_a_wall_casts_a_shadow_of_the_right_length():
     ground = np.zeros((100, 200))
     ground[:, 100:103] = 300.0  # 10 px high: in the light of 45 degrees its shadow is 10 px long
-    west, east = (synthetic.cast_shadow(ground, azimuth, 45.0)[50] > 0.5 for azimuth in (90.0, 270.0))
-    assert np.flatnonzero(west).tolist() == pytest.approx(range(91, 100), abs=1)
-    assert 8 <= west.sum() <= 10
-    assert 8 <= east.sum() <= 10
-    assert np.flatnonzero(east).min() == 103
+    west, east = (
+        np.flatnonzero(synthetic.cast_shadow(ground, azimuth, 45.0)[50] > 0.5) for azimuth in (90.0, 270.0)
+    )
+    assert (west.min(), west.max()) == (pytest.approx(91, abs=1), 99)
+    assert (east.min(), east.max()) == (103, pytest.approx(111, abs=1))
 
 
 def test_light_on_a_plane_is_the_cosine_of_incidence():
@@ -273,14 +279,18 @@ def test_light_on_a_plane_is_the_cosine_of_incidence():
 
 
 def test_colour_alone_does_not_give_glaciers_away():
-    """A threshold on the snow index, the classic method, stays far from the truth, as on the real tiles."""
-    one = scene(0)
-    green, swir = one.bands[..., 1], one.bands[..., 3]
-    valid = ~np.isnan(one.bands).any(axis=-1)
-    index = (green - swir) / np.maximum(np.abs(green) + np.abs(swir), 1e-3)
-    truth = np.isin(one.classes, (GLACIER, DEBRIS))[valid]
-    best = max(abs(np.corrcoef(index[valid] > level, truth)[0, 1]) for level in np.linspace(0, 0.95, 20))
-    assert best < 0.6
+    """A decision tree on the five bands of single pixels stays far from the truth, as on the real tiles.
+
+    There it reaches a Matthews correlation of 0.54, on the synthetic ones 0.45.
+    """
+    pixels, truth = [], []
+    for seed in range(4):
+        valid = ~np.isnan(scene(seed).bands).any(axis=-1)
+        pixels.append(scene(seed).bands[valid])
+        truth.append(np.isin(scene(seed).classes[valid], (GLACIER, DEBRIS)))
+    tree = DecisionTreeClassifier(max_depth=8, min_samples_leaf=50, random_state=0)
+    tree.fit(np.concatenate(pixels[1:])[::8], np.concatenate(truth[1:])[::8])
+    assert 0.1 < matthews_corrcoef(truth[0], tree.predict(pixels[0])) < 0.6
 
 
 # --- files ---
