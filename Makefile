@@ -79,8 +79,8 @@ predict: setup ## masks for the tiles in IN, into OUT
 check: setup ## would the submission be accepted? every caller, every file, in an empty folder
 	$(PY) -m train check --weights $(WEIGHTS)
 
-submission: check ## dist/submission.zip with solution.py and model.pth
-	$(PY) -m train submission --weights $(WEIGHTS)
+submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an older one
+	$(PY) -m train submission --weights $(WEIGHTS) $(if $(OVERWRITE),--overwrite)
 
 test: setup ## the test suite
 	$(PY) -m pytest

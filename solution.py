@@ -16,11 +16,13 @@ processing, writing, one run over a folder, and the doors for its callers.
 """
 
 import argparse
+import inspect
 import os
 import re
 import sys
 import tempfile
 import time
+import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -73,8 +75,8 @@ DEFAULT_SHAPE = (512, 512)  # of the mask for a tile of which no band can be rea
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 GDAL_NODATA_TAG = 42113
-# Fill values in use for signed rasters. Landsat values are unsigned, so no measurement is lost by reading
-# them as nodata.
+# Fill values in use for signed rasters. In an int16 file that was cast from uint16 they may also be the
+# measurements 55537 and 32768, which are then lost: single pixels, against whole areas of fill.
 SIGNED_FILL_VALUES = (-9999, -32768)
 PLAUSIBLE_KELVIN = (180.0, 360.0)  # surface temperatures on Earth, with a margin
 
@@ -288,9 +290,9 @@ def read_tile(files: TileFiles) -> np.ndarray:
 
 def readable_shape(files: TileFiles) -> Tuple[int, int]:
     """Return a broken tile's size (H, W) from its first readable band, else DEFAULT_SHAPE."""
-    for path in files.paths:
+    for path in filter(None, files.paths):
         try:
-            return read_raster(path).shape if path else DEFAULT_SHAPE
+            return read_raster(path).shape
         except TileError:
             continue
     return DEFAULT_SHAPE
@@ -502,6 +504,10 @@ def read_model_file(path: PathLike) -> Dict:
         InputError: the file is damaged or is no model of this kit.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums of the tensors
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes may raise almost anything
         raise InputError(
@@ -557,6 +563,23 @@ def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
     return Member(network.to(device), float(stored["weight"]), stored["normalization"])
 
 
+def check_settings(members: Sequence[Member], class_bias: Sequence[float], postprocess: Postprocess) -> None:
+    """Raise ValueError where settings would fail at every tile: lists of a wrong length, CRF arguments."""
+    lengths = {"class_bias": (len(class_bias), len(CLASS_NAMES))}
+    for number, member in enumerate(members):
+        for key in ("mean", "std"):
+            found = len(member.normalization[key])
+            lengths[f"{key} in normalization of member {number}"] = (found, len(BANDS))
+    wrong = [f"{found} values in {name}, expected {n}" for name, (found, n) in lengths.items() if found != n]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    if postprocess.crf:
+        try:
+            inspect.signature(refine_with_crf).bind(None, None, None, **postprocess.crf)
+        except TypeError as error:
+            raise ValueError(f"crf: {error}") from error
+
+
 def load_model(path: PathLike) -> Model:
     """Return the model that `path` holds, on the GPU where there is one.
 
@@ -571,7 +594,8 @@ def load_model(path: PathLike) -> Model:
             for number, stored in enumerate(content["members"])
         )
         postprocess = Postprocess(**content["postprocess"])
-    except (KeyError, TypeError) as error:
+        check_settings(members, content["class_bias"], postprocess)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: {type(error).__name__}: {error}; pack it again with `python -m train pack`"
         ) from error
@@ -905,6 +929,17 @@ def with_progress(results: Iterator[TileResult], total: int) -> Iterator[TileRes
     bar.close()
 
 
+def save_mask(write: Writer, result: TileResult) -> Optional[str]:
+    """Write a mask; return why that failed, else None: one tile must not cost the others their masks."""
+    try:
+        write(result.tile, result.mask)
+    except OSError as error:
+        fault = f"the mask of {result.tile.name} cannot be written ({error}); make room or free the name"
+        tqdm.write(f"error: {fault}", file=sys.stderr)
+        return fault
+    return None
+
+
 def segment_folder(data: DataSource, weights: Optional[PathLike], write: Optional[Writer]) -> Summary:
     """Segment all tiles of `data`, hand each mask to `write` as soon as it is ready, and return them all.
 
@@ -919,10 +954,9 @@ def segment_folder(data: DataSource, weights: Optional[PathLike], write: Optiona
     summary = Summary({}, {})
     for result in with_progress((segment_tile(model, tile) for tile in tiles), len(tiles)):
         summary.masks[result.tile.tile_id] = result.mask
-        if result.fault:
-            summary.faults[result.tile.tile_id] = result.fault
-        if write:
-            write(result.tile, result.mask)
+        unsaved = save_mask(write, result) if write else None
+        if result.fault or unsaved:
+            summary.faults[result.tile.tile_id] = result.fault or unsaved
     seconds = (time.perf_counter() - started) / len(tiles)
     print(f"{len(tiles)} tiles, {len(summary.faults)} failed, {seconds:.2f} s a tile", file=sys.stderr)
     return summary

@@ -10,7 +10,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 REAL_TILES = PROJECT.parent / "shared" / "data" / "glacierhack" / "Train"
 
 sys.path.insert(0, str(PROJECT))  # the kit is run from its folder, not installed
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

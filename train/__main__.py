@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Sequence
 
+from train.submission import add_check_arguments, add_submission_arguments, run_check, run_submission
+
 
 class Command(NamedTuple):
     """A subcommand. `run` imports what it needs itself, so that --help and mistakes are answered at once."""
@@ -170,6 +172,8 @@ COMMANDS = {
     "calibrate": Command("decide on views, bias, CRF, cleaning", add_calibrate_arguments, run_calibrate),
     "pack": Command("write weights/model.pth", add_pack_arguments, run_pack),
     "preview": Command("draw a contact sheet of tiles and masks", add_preview_arguments, run_preview),
+    "check": Command("would the submission be accepted?", add_check_arguments, run_check),
+    "submission": Command("check, then zip the submission", add_submission_arguments, run_submission),
     "report": Command("compare runs in Markdown", add_report_arguments, run_report),
 }
 

@@ -1,0 +1,178 @@
+"""Tiny models, band folders and submissions for the tests of solution.py."""
+
+import importlib.util
+import shutil
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Mapping, Sequence
+
+import numpy as np
+import tifffile
+import torch
+from torch import nn
+
+import solution
+from prep.synthetic import make_scene, to_numbers
+
+PROJECT = Path(solution.__file__).resolve().parent
+TINY_ARCH = {
+    "name": "Unet",
+    "args": {"encoder_name": "mobilenet_v2", "encoder_depth": 3, "decoder_channels": [32, 16, 16]},
+}
+NORMALIZATION = {"mean": [0.7, 0.7, 0.7, 0.05, 256.0], "std": [0.55, 0.55, 0.55, 0.08, 9.0]}
+PLAIN = solution.Postprocess(views=1, crf=None, min_speck=0, min_hole=0)
+NO_BIAS = (0.0, 0.0, 0.0, 0.0)
+CRF = {
+    "smooth_px": 2.0,
+    "smooth_weight": 1.0,
+    "bilateral_px": 8.0,
+    "bilateral_std": 0.5,
+    "bilateral_weight": 3.0,
+    "iterations": 5,
+}
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+def random_network(arch: Mapping = TINY_ARCH, seed: int = 0) -> nn.Module:
+    """Return a network with seeded weights, in eval mode.
+
+    Its BatchNorms have random scales and offsets, and the statistics of a batch of noise.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = solution.build_network(arch)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.6, 1.4)
+                nn.init.normal_(module.bias, 0, 0.3)
+                module.momentum = 0.9
+        with torch.no_grad():
+            network.train()(torch.randn(4, 5, 64, 64))
+        network.eval()
+        spread_logits(network, torch.randn(1, 5, 64, 64))
+    return network
+
+
+def spread_logits(network: nn.Module, sample: torch.Tensor) -> None:
+    """Scale the last convolution so that every class wins somewhere: logits of mean 0 and deviation 1."""
+    head = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
+    with torch.no_grad():
+        logits = network(sample)
+        std, mean = torch.std_mean(logits, dim=(0, 2, 3))
+        head.weight *= (1 / std)[:, None, None, None]
+        head.bias.copy_((head.bias - mean) / std)
+
+
+def stored_member(arch: Mapping = TINY_ARCH, seed: int = 0, weight: float = 1.0) -> dict:
+    """Return a member as model.pth stores it: float16 weights, float32 BatchNorm statistics."""
+    state = {
+        name: tensor.half() if tensor.is_floating_point() and "running_" not in name else tensor
+        for name, tensor in random_network(arch, seed).state_dict().items()
+    }
+    return {"arch": arch, "weight": weight, "normalization": NORMALIZATION, "state_dict": state}
+
+
+def model_content(
+    member_weights: Sequence[float] = (1.0,),
+    postprocess: solution.Postprocess = PLAIN,
+    class_bias: Sequence[float] = NO_BIAS,
+) -> dict:
+    """Return the content of a model file with one tiny member for each of `member_weights`."""
+    return {
+        "format": solution.MODEL_FORMAT,
+        "members": [stored_member(seed=seed, weight=weight) for seed, weight in enumerate(member_weights)],
+        "class_bias": list(class_bias),
+        "postprocess": postprocess._asdict(),
+    }
+
+
+def write_model(path: Path, **content) -> Path:
+    """Write a tiny model file; `content` as for model_content."""
+    torch.save(model_content(**content), path)
+    return path
+
+
+def in_memory(
+    *networks: nn.Module,
+    weights: Sequence[float] = (),
+    postprocess: solution.Postprocess = PLAIN,
+    class_bias: Sequence[float] = NO_BIAS,
+) -> solution.Model:
+    """Return a model of these networks; their weights are 1 unless given."""
+    shares = weights or [1.0] * len(networks)
+    members = tuple(
+        solution.Member(network.eval(), weight, NORMALIZATION) for network, weight in zip(networks, shares)
+    )
+    return solution.Model(members, tuple(class_bias), postprocess, torch.device("cpu"))
+
+
+# --- Tiles ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def scene_numbers(index: int, size: int = 96) -> np.ndarray:
+    """Return a synthetic scene as stored, (size, size, 5) float32 scaled integers, 0 where nodata."""
+    numbers = to_numbers(make_scene(seed=3, size=size, index=index).bands)
+    numbers.setflags(write=False)
+    return numbers
+
+
+def file_name(band: solution.Band, naming: str, identifier: str, suffix: str = ".tif") -> str:
+    """Return a band's file name: "platform" is img001.tif, "training" is B2_B2_masked_02_07.tif."""
+    if naming == "platform":
+        return f"img{identifier}{suffix}"
+    return f"{band.landsat}_{band.landsat}_masked_{identifier}{suffix}"
+
+
+def write_tile(
+    root: Path,
+    identifier: str,
+    numbers: np.ndarray,
+    naming: str = "platform",
+    dtype=np.float32,
+    suffix: str = ".tif",
+) -> None:
+    """Write (H, W, 5) stored values as five band files of type `dtype` under `root`/Band1 ... Band5."""
+    for index, band in enumerate(solution.BANDS):
+        path = root / band.folder / file_name(band, naming, identifier, suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, numbers[..., index].astype(dtype), photometric="minisblack")
+
+
+def contents(folder: Path) -> dict:
+    """Return {relative path: bytes} of all files below `folder`, to see what a run changed."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make_readonly(folder: Path) -> None:
+    """Take away the write permission of all that is in `folder` (root may write all the same)."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+# --- Submissions ----------------------------------------------------------------------------------
+
+
+def make_submission(folder: Path, model: Path) -> Path:
+    """Make `folder` with nothing but solution.py and model.pth in it."""
+    folder.mkdir(parents=True)
+    shutil.copy(PROJECT / "solution.py", folder / "solution.py")
+    shutil.copy(model, folder / "model.pth")
+    return folder
+
+
+def import_submission(folder: Path) -> ModuleType:
+    """Import `folder`/solution.py, as a caller does who has put the folder on its path."""
+    spec = importlib.util.spec_from_file_location("submitted_solution", folder / "solution.py")
+    module = importlib.util.module_from_spec(spec)
+    keep, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = keep
+    module.usable_cores = lambda: 1  # tests run beside other work
+    return module
