@@ -400,41 +400,45 @@ def build_network(arch: Mapping) -> nn.Module:
     return NETWORKS[arch["name"]](**{**arch.get("args", {}), **sizes})
 
 
-def fold_batchnorm(network: nn.Module) -> int:
-    """Merge every BatchNorm that directly follows a convolution into it, in place; return how many were
-    merged.
+def batchnorms_after_convolutions(network: nn.Module) -> List[Tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Return the BatchNorms whose input is the output of a convolution, as seen in one forward pass.
 
-    Which ones follow which is observed in one forward pass, so that any network works. Exact in evaluation
-    mode.
+    A convolution that runs twice is left out: it may feed two of them.
     """
-    producers: Dict[int, nn.Conv2d] = {}
-    kept: List[torch.Tensor] = []  # while these live no two outputs share an id
-    pairs: List[Tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    outputs: List[Tuple[torch.Tensor, nn.Conv2d]] = []  # kept alive, so that no two of them share an id
+    inputs: Dict[int, nn.BatchNorm2d] = {}
 
-    def remember(conv: nn.Conv2d, _inputs: Tuple, output: torch.Tensor) -> None:
-        producers[id(output)] = conv
-        kept.append(output)
+    def note_output(conv: nn.Conv2d, _args: Tuple, output: torch.Tensor) -> None:
+        outputs.append((output, conv))
 
-    def match(batchnorm: nn.BatchNorm2d, inputs: Tuple) -> None:
-        if id(inputs[0]) in producers:
-            pairs.append((producers[id(inputs[0])], batchnorm))
+    def note_input(batchnorm: nn.BatchNorm2d, args: Tuple) -> None:
+        inputs[id(args[0])] = batchnorm
 
-    hooks = [m.register_forward_hook(remember) for m in network.modules() if isinstance(m, nn.Conv2d)]
-    hooks += [m.register_forward_pre_hook(match) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    network.eval()
+    hooks = [m.register_forward_hook(note_output) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    hooks += [
+        m.register_forward_pre_hook(note_input) for m in network.modules() if isinstance(m, nn.BatchNorm2d)
+    ]
     with torch.no_grad():
         network(torch.zeros(1, len(BANDS), 2 * STRIDE, 2 * STRIDE))
     for hook in hooks:
         hook.remove()
-    for conv, batchnorm in pairs:
+    runs = [conv for _, conv in outputs]
+    return [
+        (conv, inputs[id(output)])
+        for output, conv in outputs
+        if id(output) in inputs and runs.count(conv) == 1
+    ]
+
+
+def fold_batchnorm(network: nn.Module) -> int:
+    """Merge BatchNorms into the convolutions before them, in place and for evaluation; return how many.
+
+    Exact where nothing but its BatchNorm reads such a convolution's output, as in the networks above.
+    """
+    pairs = batchnorms_after_convolutions(network.eval())
+    for conv, bn in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight,
-            conv.bias,
-            batchnorm.running_mean,
-            batchnorm.running_var,
-            batchnorm.eps,
-            batchnorm.weight,
-            batchnorm.bias,
+            conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
     merged = {id(batchnorm) for _, batchnorm in pairs}
     for module in list(network.modules()):
@@ -885,13 +889,24 @@ class Summary(NamedTuple):
 
 
 def usable_cores() -> int:
-    """Return the cores this process may use: its CPU affinity, and the cgroup's quota where that is lower."""
+    """Return how many cores to use: the least of OMP_NUM_THREADS, CPU affinity and cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, cpu_quota(), int(asked) if asked.isdigit() else cores))
+
+
+def cpu_quota() -> float:
+    """Return the cores that the cgroup (version 2 or 1) grants, infinity where it sets no limit."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return cores
+        if Path("/sys/fs/cgroup/cpu.max").is_file():
+            quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        else:
+            quota, period = (
+                Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{part}_us").read_text() for part in ("quota", "period")
+            )
+        return int(quota) // int(period) if int(quota) > 0 else float("inf")
+    except (OSError, ValueError):  # no such files, or "max"
+        return float("inf")
 
 
 def segment_tile(model: Model, tile: TileFiles) -> TileResult:
@@ -970,10 +985,9 @@ def maskgeration(imagepath: DataSource, second: Optional[PathLike] = None) -> Di
 
     Args:
         imagepath: {"Band1": folder, ...}, or the data folder.
-        second: what the platform passes is the path of `model.pth`, what its documents promise is an output
-            folder.
-            An existing file, or any name that ends in .pth, is taken as weights; all else as a folder, into
-            which masks go named as in Band1 if it can be written to.
+        second: an existing file, or any name that ends in .pth, is taken as weights, as the platform means it.
+            All else is taken as what its documents promise, a folder, into which masks go named as in Band1
+            if it can be written to; a model.pth in it is used.
 
     Returns:
         {tile id: mask (H, W) uint8 of 0, 85, 170, 255}, background for a tile that could not be read.
@@ -983,12 +997,13 @@ def maskgeration(imagepath: DataSource, second: Optional[PathLike] = None) -> Di
     """
     if second is None or Path(second).is_file() or Path(second).suffix == ".pth":
         return segment_folder(imagepath, platform_weights(second), None).masks
+    beside_masks = Path(second) / MODEL_FILE
     try:
         write = tiff_writer(prepare_output(second, imagepath))
     except InputError as error:
         warn(f"{error}; masks are returned only")
         write = None
-    return segment_folder(imagepath, None, write).masks
+    return segment_folder(imagepath, beside_masks if beside_masks.is_file() else None, write).masks
 
 
 def platform_weights(given: Optional[PathLike]) -> Optional[Path]:

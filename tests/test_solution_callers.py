@@ -591,3 +591,21 @@ def test_nothing_is_loaded_loosely(tree):
 def test_the_model_file_here_is_tiny(submission):
     assert sorted(path.name for path in submission.iterdir()) == ["model.pth", "solution.py"]
     assert torch.load(submission / "model.pth", weights_only=True)["format"] == solution.MODEL_FORMAT
+
+
+def test_a_folder_with_weights_in_it_serves_as_both(tmp_path) -> None:
+    write_tile(tmp_path / "in", "001", scene_numbers(0))
+    (tmp_path / "out").mkdir()
+    write_model(tmp_path / "out" / "model.pth", class_bias=(0.0, 0.0, 0.0, 50.0))  # lake everywhere
+    masks = solution.maskgeration(tmp_path / "in", tmp_path / "out")
+    assert set(np.unique(masks["001"])) == {0, 255}
+    assert (tmp_path / "out" / "img001.tif").is_file()
+
+
+def test_omp_num_threads_is_honoured(monkeypatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert 1 <= solution.usable_cores() <= os.cpu_count()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert solution.usable_cores() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")  # nested levels, a form that only OpenMP reads
+    assert solution.usable_cores() >= 1
