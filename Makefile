@@ -3,9 +3,11 @@
 DATA ?= ../shared/data/glacierhack/Train
 STORE ?= data/competition
 CONFIG ?= train/configs/coarse.yaml
+FINISH ?= train/configs/finish.yaml
 SCHEME ?= stratified
 NAME ?= coarse
 RUN ?= runs/$(NAME)-$(SCHEME)
+FINAL ?= $(if $(FINISH),$(RUN)-final,$(RUN))
 CALIBRATION ?= runs/$(NAME)-calibration.json
 WEIGHTS ?= weights/model.pth
 SET ?=
@@ -22,8 +24,8 @@ DEMO := data/demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo; echo "  settings: DATA=$(DATA) STORE=$(STORE) CONFIG=$(CONFIG) SCHEME=$(SCHEME)"
-	@echo "            NAME=$(NAME) WEIGHTS=$(WEIGHTS) IN= OUT= SET='key=value ...' (of the training configuration)"
+	@echo; echo "  settings: DATA=$(DATA) STORE=$(STORE) CONFIG=$(CONFIG) FINISH=$(FINISH)"
+	@echo "            SCHEME=$(SCHEME) NAME=$(NAME) WEIGHTS=$(WEIGHTS) IN= OUT= SET='key=value ...' (of the training configuration)"
 
 setup: $(READY) ## make .venv from requirements.txt (once; 6 GB, some minutes)
 $(READY): requirements.txt
@@ -39,7 +41,7 @@ demo: setup ## the whole kit on synthetic scenes, with the shipped weights: mask
 	$(PY) -m train preview --data $(DEMO)/scenes --masks $(DEMO)/masks --out $(DEMO)/preview.png
 	@echo "--- 3 of 4: a training in miniature: tile store, five folds, scores, model.pth"
 	@$(MAKE) --no-print-directory train-all DATA=$(DEMO)/scenes STORE=$(DEMO)/store CONFIG=train/configs/smoke.yaml \
-		RUN=$(DEMO)/run CALIBRATION=$(DEMO)/calibration.json WEIGHTS=$(DEMO)/model.pth
+		FINISH= RUN=$(DEMO)/run CALIBRATION=$(DEMO)/calibration.json WEIGHTS=$(DEMO)/model.pth
 	@echo "--- 4 of 4: would the shipped submission be accepted?"
 	@$(MAKE) --no-print-directory check
 	@echo "done: look at $(DEMO)/preview.png; the miniature training shows the way, its scores mean nothing"
@@ -48,17 +50,19 @@ prep: setup ## DATA (Band1 ... Band5 and labels) to the tile store STORE with it
 	@if [ -f $(STORE)/store.json ]; then echo "$(STORE) is there already (remove it to make it again)"; \
 	else $(PY) -m prep competition --data $(DATA) --out $(STORE); fi
 
-fit: prep ## train the five folds of SCHEME; continues where it was interrupted
+fit: prep ## train the five folds of SCHEME in two phases (CONFIG, FINISH); continues where it was interrupted
 	$(PY) -m train fit --config $(CONFIG) --run $(RUN) data.store=$(STORE) data.scheme=$(SCHEME) $(SET)
+	$(if $(FINISH),$(PY) -m train fit --config $(FINISH) --run $(FINAL) \
+		data.store=$(STORE) data.scheme=$(SCHEME) model.init=$(RUN) $(SET))
 
 evaluate: fit ## predict and score each tile with the fold that never saw it
-	$(PY) -m train evaluate --run $(RUN) --store $(STORE)
+	$(PY) -m train evaluate --run $(FINAL) --store $(STORE)
 
 calibrate: evaluate ## decide by out-of-fold MCC which steps follow the networks
-	$(PY) -m train calibrate $(RUN) --store $(STORE) --out $(CALIBRATION)
+	$(PY) -m train calibrate $(FINAL) --store $(STORE) --out $(CALIBRATION)
 
 train-all: calibrate ## all of the above, and WEIGHTS from it
-	$(PY) -m train pack --run $(RUN) --calibration $(CALIBRATION) --out $(WEIGHTS)
+	$(PY) -m train pack --run $(FINAL) --calibration $(CALIBRATION) --out $(WEIGHTS)
 
 baseline: prep ## the per-pixel gradient boosting on the same folds
 	$(PY) -m train baseline --scheme $(SCHEME) --run runs/baseline-$(SCHEME) --store $(STORE)
@@ -66,10 +70,10 @@ baseline: prep ## the per-pixel gradient boosting on the same folds
 report: setup ## compare U-Net and baseline on both kinds of folds, and write reports/
 	@for scheme in stratified spatial; do \
 		$(MAKE) --no-print-directory evaluate baseline SCHEME=$$scheme || exit 1; done
-	$(PY) -m train calibrate runs/$(NAME)-stratified runs/$(NAME)-spatial --store $(STORE) \
+	$(PY) -m train calibrate runs/$(NAME)-stratified-final runs/$(NAME)-spatial-final --store $(STORE) \
 		--out $(CALIBRATION) --report reports/postprocess.md
-	$(PY) -m train report U-Net=runs/$(NAME)-stratified baseline=runs/baseline-stratified \
-		U-Net-spatial=runs/$(NAME)-spatial baseline-spatial=runs/baseline-spatial \
+	$(PY) -m train report U-Net=runs/$(NAME)-stratified-final baseline=runs/baseline-stratified \
+		U-Net-spatial=runs/$(NAME)-spatial-final baseline-spatial=runs/baseline-spatial \
 		--store $(STORE) --made-with "make report DATA=<folder with Band1 ... Band5 and the labels>"
 
 predict: setup ## masks for the tiles in IN, into OUT

@@ -66,6 +66,8 @@ BANDS = (
 )
 CLASS_NAMES = ("other", "glacier", "debris", "lake")
 CLASS_VALUES = (0, 85, 170, 255)
+GLACIER_GROUP = (1, 2)  # glacier of either kind, which the labels know best,
+REST_GROUP = (0, 3)  # and what is none
 
 STRIDE = 32  # the coarsest feature map of the encoders: image sides are padded to a multiple of it
 LARGEST_TILE = 1024  # px; larger images are processed in windows
@@ -463,6 +465,7 @@ class Postprocess(NamedTuple):
     """Which steps follow the forward passes; `model.pth` stores what out-of-fold MCC decided."""
 
     views: int = 6  # the first so many of VIEWS
+    extent_bias: float = 0.0  # added to the log-odds of glacier of either kind
     crf: Optional[Mapping[str, float]] = None  # the arguments of refine_with_crf, None to skip it
     min_speck: int = 100  # px, smaller patches of a glacier or lake class go to what surrounds them
     min_hole: int = 50  # px, smaller gaps in them are filled
@@ -472,7 +475,7 @@ class Model(NamedTuple):
     """All that prediction needs, as read from `model.pth`."""
 
     members: Tuple[Member, ...]
-    class_bias: Tuple[float, ...]  # added to the log-probability of each class
+    class_bias: Tuple[float, ...]  # added to the log-probability of each class within its group
     postprocess: Postprocess
     device: torch.device
 
@@ -666,10 +669,35 @@ def ensemble_probabilities(model: Model, image: np.ndarray, views: Sequence[View
     return total[0, :, :height, :width].cpu().numpy()
 
 
-def apply_class_bias(probs: np.ndarray, class_bias: Tuple[float, ...]) -> np.ndarray:
-    """Return (4, H, W) probabilities with `class_bias` added to their logarithms, renormalised."""
-    scaled = probs * np.exp(np.asarray(class_bias, np.float32)).reshape(-1, 1, 1)
-    return scaled / scaled.sum(axis=0, keepdims=True)
+def apply_bias(probs: np.ndarray, class_bias: Sequence[float], extent_bias: float) -> np.ndarray:
+    """Return probabilities (4, H, W) float32 shifted by what calibration found.
+
+    Args:
+        probs: (4, H, W) float32, sums to 1 over the classes.
+        class_bias: added to the log-probability of each class within its group; the groups, glacier of either
+            kind and the rest, keep their sums. So a bias of debris moves its border with clean ice only.
+        extent_bias: added to the log-odds of glacier of either kind against the rest.
+    """
+    weighed = probs * np.exp(np.asarray(class_bias, np.float32)).reshape(-1, 1, 1)
+    for group, shift in ((GLACIER_GROUP, extent_bias), (REST_GROUP, 0.0)):
+        members = list(group)
+        before, after = probs[members].sum(axis=0), weighed[members].sum(axis=0)
+        weighed[members] *= np.float32(np.exp(shift)) * before / np.maximum(after, 1e-12)
+    return weighed / weighed.sum(axis=0, keepdims=True)
+
+
+def decide_classes(probs: np.ndarray) -> np.ndarray:
+    """Return the class index of each pixel, (H, W) uint8, of probabilities or scores (4, H, W).
+
+    First glacier of either kind or not, then which: three tenths of clean ice and three of debris outweigh
+    four tenths of other, which a plain argmax would choose.
+    """
+    glacier = probs[list(GLACIER_GROUP)].sum(axis=0) > probs[list(REST_GROUP)].sum(axis=0)
+    kind, other = (
+        np.asarray(group, np.uint8)[probs[list(group)].argmax(axis=0)]
+        for group in (GLACIER_GROUP, REST_GROUP)
+    )
+    return np.where(glacier, kind, other)
 
 
 def predict_window(model: Model, image: np.ndarray) -> np.ndarray:
@@ -679,7 +707,7 @@ def predict_window(model: Model, image: np.ndarray) -> np.ndarray:
         certain[0] = 1
         return certain
     probs = ensemble_probabilities(model, image, VIEWS[: model.postprocess.views])
-    probs = apply_class_bias(probs, model.class_bias)
+    probs = apply_bias(probs, model.class_bias, model.postprocess.extent_bias)
     if model.postprocess.crf and densecrf is not None:
         features = normalize(image, model.members[0].normalization)
         probs = refine_with_crf(probs, features, valid_mask(image), **model.postprocess.crf)
@@ -718,8 +746,9 @@ def predict_classes(model: Model, image: np.ndarray) -> np.ndarray:
     """Return the class index of each pixel, (H, W) uint8, for a tile or scene (H, W, 5) in physical units."""
     fits = max(image.shape[:2]) <= LARGEST_TILE
     probs = predict_window(model, image) if fits else predict_scene(model, image)
-    classes = probs.argmax(axis=0).astype(np.uint8)
-    return clean_classes(classes, valid_mask(image), model.postprocess.min_speck, model.postprocess.min_hole)
+    return clean_classes(
+        decide_classes(probs), valid_mask(image), model.postprocess.min_speck, model.postprocess.min_hole
+    )
 
 
 # --- Post-processing ------------------------------------------------------------------------------
@@ -985,7 +1014,7 @@ def maskgeration(imagepath: DataSource, second: Optional[PathLike] = None) -> Di
 
     Args:
         imagepath: {"Band1": folder, ...}, or the data folder.
-        second: an existing file, or any name that ends in .pth, is taken as weights, as the platform means it.
+        second: an existing file, or any name that ends in .pth, is taken as weights, as the platform does.
             All else is taken as what its documents promise, a folder, into which masks go named as in Band1
             if it can be written to; a model.pth in it is used.
 

@@ -125,14 +125,41 @@ def test_each_member_gets_its_own_statistics():
     np.testing.assert_allclose(solution.predict_window(model, image), softmax(answer(network, x)), atol=1e-5)
 
 
-def test_class_bias_is_added_to_the_log_probabilities():
+def test_class_bias_moves_borders_within_a_group_only():
     probs = np.array([0.5, 0.3, 0.15, 0.05], np.float32).reshape(4, 1, 1)
-    bias = (0.0, np.log(2), 0.0, np.log(4))
-    expected = np.array([0.5, 0.6, 0.15, 0.2]) / 1.45
-    np.testing.assert_allclose(solution.apply_class_bias(probs, bias).ravel(), expected, rtol=1e-5)
+    bias = (0.0, 0.0, np.log(2), np.log(10))  # glacier and debris 0.3 : 0.3, other and lake 0.5 : 0.5
+    expected = [0.275, 0.225, 0.225, 0.275]
+    np.testing.assert_allclose(solution.apply_bias(probs, bias, 0.0).ravel(), expected, rtol=1e-5)
     image = random_image(32, 32)
     assert (solution.predict_classes(in_memory(Constant()), image) == 1).all()
     assert (solution.predict_classes(in_memory(Constant(), class_bias=(0, 0, 1, 0)), image) == 2).all()
+
+
+def test_extent_bias_is_added_to_the_log_odds_of_glacier():
+    probs = np.array([0.5, 0.3, 0.15, 0.05], np.float32).reshape(4, 1, 1)
+    expected = np.array([0.5, 0.9, 0.45, 0.05]) / 1.9
+    shifted = solution.apply_bias(probs, (0.0,) * 4, float(np.log(3)))
+    np.testing.assert_allclose(shifted.ravel(), expected, rtol=1e-5)
+
+
+def test_a_group_without_probability_stays_without():
+    probs = np.array([1.0, 0.0, 0.0, 0.0], np.float32).reshape(4, 1, 1)
+    np.testing.assert_array_equal(solution.apply_bias(probs, (0, 1, 2, 3), 1.0), probs)
+
+
+@pytest.mark.parametrize(
+    ("probs", "expected"),
+    [
+        ((0.4, 0.3, 0.3, 0.0), 1),  # glacier of either kind outweighs other
+        ((0.4, 0.2, 0.4, 0.0), 2),
+        ((0.3, 0.4, 0.0, 0.3), 0),  # so does the rest
+        ((0.2, 0.1, 0.1, 0.6), 3),
+    ],
+)
+def test_extent_is_decided_before_kind(probs, expected):
+    decided = solution.decide_classes(np.array(probs, np.float32).reshape(4, 1, 1))
+    assert decided.dtype == np.uint8
+    assert decided.item() == expected
 
 
 # --- Sizes ----------------------------------------------------------------------------------------
@@ -155,7 +182,8 @@ def test_odd_sizes_come_back_as_they_were(size):
     image, network, seen = random_image(*size), pixelwise(4), Constant()
     classes = solution.predict_classes(in_memory(network, postprocess=PLAIN._replace(views=6)), image)
     assert classes.shape == size and classes.dtype == np.uint8
-    np.testing.assert_array_equal(classes, answer(network, network_input(image)).argmax(axis=0))
+    probs = softmax(answer(network, network_input(image)))
+    np.testing.assert_array_equal(classes, solution.decide_classes(probs))
     solution.predict_classes(in_memory(seen, postprocess=PLAIN._replace(views=6)), image)
     assert all(side % 32 == 0 for shape in seen.shapes for side in shape)
 
@@ -209,7 +237,7 @@ def test_windows_of_a_pixelwise_network_equal_one_pass(size):
     image[200:260, 100:180] = np.nan
     classes = solution.predict_classes(in_memory(network), image)
     logits = answer(network, np.nan_to_num(network_input(image)))
-    expected = np.where(np.isnan(image).all(axis=-1), 0, logits.argmax(axis=0))
+    expected = np.where(np.isnan(image).all(axis=-1), 0, solution.decide_classes(softmax(logits)))
     top = np.sort(softmax(logits), axis=0)
     clear = top[-1] - top[-2] > 1e-4  # blending may round a tie either way
     assert clear.mean() > 0.99

@@ -337,3 +337,13 @@ def test_validation_serves_whole_tiles_in_order(tmp_path):
         )
         known = ~np.isnan(store.image(tile_id))
         assert np.allclose(restored[known], store.image(tile_id)[known], rtol=1e-4, atol=1e-4)
+
+
+def test_glacier_of_unknown_kind_can_count_as_clean_in_training_only(tmp_path):
+    folder = make_store(tmp_path / "store")
+    settings = [f"data.store={folder}", "data.crop=64", "data.unsplit_glacier=clean"]
+    data = open_fold(load_config(None, settings), 0)
+    trained = np.unique(np.concatenate([tile.codes.ravel() for tile in data.dataset.tiles]))
+    assert set(trained) == {0, 1, 2, 3, IGNORE}
+    held_out = np.unique(np.concatenate([codes.numpy().ravel() for _, codes in data.val_loader.dataset]))
+    assert GLACIER_OR_DEBRIS in held_out

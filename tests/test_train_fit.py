@@ -16,7 +16,8 @@ from prep.store import TileStore
 from solution import build_network, normalize, pad_to_multiple
 from train.__main__ import main
 from train.config import Config, load_config
-from train.fit import RunError, fit_all, fit_fold, read_record, write_whole
+from train.data import open_fold
+from train.fit import RunError, first_weights, fit_all, fit_fold, read_record, write_whole
 from train.module import RampedAveraging, SegmentationModule, set_batchnorm_momentum
 
 SMOKE = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
@@ -320,3 +321,35 @@ def test_folds_must_be_numbers(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", "a", "--run", "b", "--folds", "one"])
     assert "--folds" in capsys.readouterr().err
+
+
+# --- The second phase -------------------------------------------------------------------------------------
+
+
+def test_a_second_phase_starts_from_the_same_fold_of_the_first(store, tmp_path):
+    fit_fold(smoke_config(store), 0, tmp_path / "first")
+    weights = torch.load(tmp_path / "first" / "fold0" / "fold.pt", weights_only=True)["state_dict"]
+    still = smoke_config(store, f"model.init={tmp_path / 'first'}", "optim.lr=1e-12", "optim.weight_decay=0")
+    fit_fold(still, 0, tmp_path / "second")
+    again = torch.load(tmp_path / "second" / "fold0" / "fold.pt", weights_only=True)["state_dict"]
+    learned = [name for name in weights if "running_" not in name and "num_batches" not in name]
+    assert all(torch.allclose(weights[name], again[name], atol=1e-6) for name in learned)
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [("model.args.encoder_depth=4", "Use the same model"), ("model.init=nowhere", "does not exist")],
+)
+def test_first_weights_that_do_not_fit_are_refused(store, tmp_path, setting, complaint):
+    fit_fold(smoke_config(store), 0, tmp_path / "first")
+    config = smoke_config(store, f"model.init={tmp_path / 'first'}", setting)
+    with pytest.raises(RunError, match=complaint):
+        first_weights(config, 0, open_fold(smoke_config(store), 0))
+
+
+def test_weights_that_saw_the_held_out_tiles_are_refused(store, tmp_path):
+    fit_fold(smoke_config(store), 0, tmp_path / "first")
+    (tmp_path / "first" / "fold0").rename(tmp_path / "first" / "fold1")
+    config = smoke_config(store, f"model.init={tmp_path / 'first'}")
+    with pytest.raises(RunError, match="which fold 1 holds out"):
+        first_weights(config, 1, open_fold(smoke_config(store), 1))

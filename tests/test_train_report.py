@@ -11,7 +11,7 @@ from sklearn.metrics import matthews_corrcoef
 
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE, count_codes
 from prep.store import TileRow, TileStore, create
-from solution import CLASS_NAMES
+from solution import CLASS_NAMES, decide_classes
 from train import report
 from train.config import Config, DataConfig, save_config
 from train.pictures import false_colour, paint_codes
@@ -61,7 +61,8 @@ def run(tmp_path, store) -> Path:
 def pixels_of(run, store, tile_ids):
     """Return label codes and predicted classes of the labelled pixels of some tiles."""
     codes = np.concatenate([store.mask(tile_id).ravel() for tile_id in tile_ids])
-    guesses = [np.load(run / "oof" / f"{tile_id}.npy").argmax(axis=0).ravel() for tile_id in tile_ids]
+    maps = [np.load(run / "oof" / f"{tile_id}.npy").astype(np.float32) for tile_id in tile_ids]
+    guesses = [decide_classes(probs).ravel() for probs in maps]
     return codes[codes != IGNORE], np.concatenate(guesses)[codes != IGNORE]
 
 

@@ -20,8 +20,9 @@ from prep.store import TileStore
 from solution import (
     CLASS_NAMES,
     Postprocess,
-    apply_class_bias,
+    apply_bias,
     clean_classes,
+    decide_classes,
     densecrf,
     normalize,
     refine_with_crf,
@@ -36,7 +37,7 @@ MIN_GAIN = 0.001  # MCC; a step that gains less is not worth its time
 
 # Extent first (both kinds of glacier against the rest), then the border between the two kinds.
 EXTENT_BIASES = tuple(round(0.1 * step, 1) for step in range(-10, 11))
-DEBRIS_BIASES = tuple(round(0.25 * step, 2) for step in range(-6, 7))
+DEBRIS_BIASES = tuple(0.5 * step for step in range(-8, 5))
 CRF_OPTIONS = tuple(
     {
         "smooth_px": 3.0,
@@ -98,10 +99,10 @@ def predict_with(
     """
     steps, valid = settings.postprocess, valid_mask(image)
     probs = passes[: steps.views].astype(np.float32).mean(axis=0)
-    probs = apply_class_bias(probs, settings.class_bias)
+    probs = apply_bias(probs, settings.class_bias, steps.extent_bias)
     if steps.crf:
         probs = refine_with_crf(probs, normalize(image, normalization), valid, **steps.crf)
-    return clean_classes(probs.argmax(axis=0).astype(np.uint8), valid, steps.min_speck, steps.min_hole)
+    return clean_classes(decide_classes(probs), valid, steps.min_speck, steps.min_hole)
 
 
 def score(tiles: Sequence[TileCounts]) -> float:
@@ -199,7 +200,8 @@ def _with_views(settings: Settings) -> list[Settings]:
 
 
 def _with_extent_bias(settings: Settings) -> list[Settings]:
-    return [settings._replace(class_bias=(0.0, bias, bias, 0.0)) for bias in EXTENT_BIASES if bias]
+    steps = settings.postprocess
+    return [settings._replace(postprocess=steps._replace(extent_bias=bias)) for bias in EXTENT_BIASES if bias]
 
 
 def _with_debris_bias(settings: Settings) -> list[Settings]:

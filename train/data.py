@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from prep.labels import CODE_CLASSES, IGNORE
+from prep.labels import CODE_CLASSES, GLACIER_OR_DEBRIS, IGNORE
 from prep.stats import compute
 from prep.store import TileStore
 from solution import BANDS, CLASS_NAMES, normalize, valid_mask
@@ -81,6 +81,12 @@ def _load_tile(store: TileStore, tile_id: str, normalization: dict) -> Tile:
     weights = (~np.isnan(image)).astype(np.float32)
     codes = np.where(valid_mask(image), store.mask(tile_id), IGNORE).astype(np.uint8)
     return Tile(tile_id, values, weights, codes)
+
+
+def count_unsplit_as_clean(tile: Tile) -> Tile:
+    """Return a tile whose glacier of unknown kind counts as clean ice."""
+    clean = np.uint8(CLASS_NAMES.index("glacier"))
+    return tile._replace(codes=np.where(tile.codes == GLACIER_OR_DEBRIS, clean, tile.codes))
 
 
 class PixelSampler:
@@ -326,6 +332,8 @@ def open_fold(config: Config, fold: int) -> FoldData:
     statistics = compute(store, train_ids)
     normalization = {"mean": statistics["mean"], "std": statistics["std"]}
     tiles = load_tiles(store, train_ids, normalization)
+    if config.data.unsplit_glacier == "clean":
+        tiles = [count_unsplit_as_clean(tile) for tile in tiles]
     dataset = CropDataset(tiles, normalization, config.data, config.augment, config.train.seed)
     train_loader = DataLoader(
         dataset,

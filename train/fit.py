@@ -91,6 +91,8 @@ def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callb
 def _run_lightning(config: Config, data: FoldData, recorder: "Recorder", more: Sequence[Callback]) -> None:
     pl.seed_everything(config.train.seed, verbose=False)
     module = SegmentationModule(config)
+    if config.model.init:
+        module.network.load_state_dict(first_weights(config, recorder.fold, data))
     # in this order: the average is validated, judged and then recorded
     callbacks = [RampedAveraging(config.optim.ema_decay), *_early_stopping(config), recorder, *more]
     on_terminal = sys.stdout.isatty()
@@ -114,6 +116,29 @@ def _run_lightning(config: Config, data: FoldData, recorder: "Recorder", more: S
         trainer.fit(
             module, data.train_loader, data.val_loader, ckpt_path=resume if resume.is_file() else None
         )
+
+
+def first_weights(config: Config, fold: int, data: FoldData) -> dict[str, torch.Tensor]:
+    """Return the weights of the same fold in the run that `model.init` names.
+
+    Raises RunError where it is missing, another network, or has seen tiles that this fold holds out.
+    """
+    path = Path(config.model.init) / f"fold{fold}" / FOLD_FILE
+    if not path.is_file():
+        raise RunError(f"model.init: {path} does not exist. Train that run first, or leave model.init out.")
+    record = torch.load(path, map_location="cpu", weights_only=True)
+    arch = {"name": config.model.name, "args": to_dict(config)["model"]["args"]}
+    if record["arch"] != arch:
+        raise RunError(
+            f"model.init: {path} is {record['arch']}, this config's model {arch}. Use the same model."
+        )
+    seen = sorted(set(record["train_tiles"]) & set(data.val_ids))
+    if seen:
+        raise RunError(
+            f"model.init: {path} was trained on {', '.join(seen)}, which fold {fold} holds out here. Name a "
+            "run of the same fold scheme."
+        )
+    return record["state_dict"]
 
 
 def _early_stopping(config: Config) -> list[Callback]:

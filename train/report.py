@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from prep.labels import IGNORE
 from prep.store import TileStore
-from solution import CLASS_NAMES, valid_mask
+from solution import CLASS_NAMES, decide_classes, valid_mask
 from train.config import load_config
 from train.metrics import (
     BINARY_NAMES,
@@ -44,7 +44,8 @@ Every tile is scored on the prediction of a model that never saw it, and the pix
 - **Four classes**: on the {phase2} tiles with phase-2 labels; phase-1 labels do not tell debris from ice.
 - Scores are over valid pixels unless the heading says *all pixels*, which counts nodata as other, predicted
   as other: nodata is labelled so, and the submission predicts so. Hold that one against a leaderboard.
-- Predictions are the most probable class, before any post-processing.
+- Predictions are those of six views averaged, before class bias, CRF and cleaning; for the U-Net and the
+  baseline alike, a pixel is glacier where both kinds together outweigh the rest, then the likelier kind.
 """
 
 
@@ -108,7 +109,7 @@ def find_scheme(run_dir: Path) -> str:
 
 
 def predicted_classes(run_dir: Path, store: TileStore, tile_id: str) -> np.ndarray:
-    """Return the most probable class of each pixel of a tile, (H, W) int64.
+    """Return the class decided for each pixel of a tile, (H, W) uint8.
 
     Raises:
         ReportError: the file does not hold finite (4, H, W) numbers of the tile's size.
@@ -122,7 +123,7 @@ def predicted_classes(run_dir: Path, store: TileStore, tile_id: str) -> np.ndarr
             f"{path}: found numbers of shape {probabilities.shape}, {state}; expected finite probabilities "
             f"of shape {expected}. Predict the run's tiles again from this store."
         )
-    return probabilities.astype(np.float32).argmax(axis=0)
+    return decide_classes(probabilities.astype(np.float32))
 
 
 def _require_tiles(run_dir: Path, store: TileStore) -> None:
