@@ -181,7 +181,7 @@ def test_settings_reach_the_classes() -> None:
     one, six = Settings(), Settings(postprocess=Settings().postprocess._replace(views=6))
     assert set(np.unique(predict_with(one, passes, image, norm))) == {0, 2}
     assert set(np.unique(predict_with(six, passes, image, norm)[5:])) == {1}
-    biased = six._replace(class_bias=(2.0, 0.0, 0.0, 0.0))
+    biased = six._replace(postprocess=six.postprocess._replace(extent_bias=-2.0))
     assert set(np.unique(predict_with(biased, passes, image, norm))) == {0}
 
 
