@@ -596,7 +596,8 @@ def test_the_model_file_here_is_tiny(submission):
 def test_a_folder_with_weights_in_it_serves_as_both(tmp_path) -> None:
     write_tile(tmp_path / "in", "001", scene_numbers(0))
     (tmp_path / "out").mkdir()
-    write_model(tmp_path / "out" / "model.pth", class_bias=(0.0, 0.0, 0.0, 50.0))  # lake everywhere
+    lakes_only = {"class_bias": (0.0, 0.0, 0.0, 50.0), "postprocess": PLAIN._replace(extent_bias=-50.0)}
+    write_model(tmp_path / "out" / "model.pth", **lakes_only)
     masks = solution.maskgeration(tmp_path / "in", tmp_path / "out")
     assert set(np.unique(masks["001"])) == {0, 255}
     assert (tmp_path / "out" / "img001.tif").is_file()
