@@ -128,8 +128,8 @@ with equal weights.
 - Trained on: {len(provenance["tiles"])} Landsat-8 tiles ({", ".join(provenance["tiles"])}), each network \
 without the tiles of its fold ({provenance["scheme"]} folds)
 - Steps: {config["train"]["epochs"]} epochs of {config["data"]["steps_per_epoch"]} steps of \
-{config["data"]["batch_size"]} crops of {config["data"]["crop"]} px; the epoch with the best \
-validation MCC is kept
+{config["data"]["batch_size"]} crops of {config["data"]["crop"]} px, from \
+{config["model"]["init"] or "random weights"}; the epoch with the best validation MCC is kept
 - Made with: {", ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
 - Command: `make train-all DATA=<folder with Band1 ... Band5 and the labels>`
 
@@ -153,7 +153,7 @@ Each was decided by out-of-fold MCC (`reports/postprocess.md`).
 ## Limits
 
 - No tile shows a lake: the class has only ever been a negative example, and is never predicted in practice.
-- Three tiles tell debris from clean ice; on the others the network was free to choose between the two.
+- Three tiles tell debris from clean ice, and a network has seen two or three: expect little of debris.
 - One scene, one season, one region. Other regions cost others 0.03 to 0.09 MCC.
 """
 
