@@ -170,11 +170,16 @@ def decide_step(
 def describe(settings: Settings) -> str:
     """Return settings in one line."""
     steps = settings.postprocess
-    crf = "off" if not steps.crf else ", ".join(f"{key} {value:g}" for key, value in steps.crf.items())
-    bias = "/".join(f"{value:g}" for value in settings.class_bias)
-    return (
-        f"views {steps.views}; bias {bias}; CRF {crf}; specks {steps.min_speck} px, holes {steps.min_hole} px"
+    crf = ", ".join(f"{key} {value:g}" for key, value in steps.crf.items()) if steps.crf else "off"
+    parts = (
+        f"views {steps.views}",
+        f"extent bias {steps.extent_bias:g}",
+        f"class bias {'/'.join(f'{value:g}' for value in settings.class_bias)}",
+        f"CRF {crf}",
+        f"specks {steps.min_speck} px",
+        f"holes {steps.min_hole} px",
     )
+    return "; ".join(parts)
 
 
 def calibrate(run_dirs: Sequence[Path], store: TileStore, jobs: int) -> tuple[Settings, list[StepResult]]:
