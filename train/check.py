@@ -6,7 +6,6 @@ with nothing of the project on its path, no cache of downloaded weights and a ne
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -39,7 +38,7 @@ from solution import (
     valid_mask,
 )
 from train.package import MAX_BYTES
-from train.submission import SubmissionError
+from train.submission import SubmissionError, sha256
 
 SAMPLE_TILES = 3
 SAMPLE_SIZE = 256  # px
@@ -201,7 +200,7 @@ def take_snapshot(folder: Path) -> dict[str, tuple]:
         if "__pycache__" in path.parts:
             continue
         is_file = path.is_file()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else ""
+        digest = sha256(path) if is_file else ""
         # A folder's time changes with its entries, which are compared themselves.
         snapshot[str(path.relative_to(folder))] = (digest, path.stat().st_mtime_ns if is_file else 0)
     return snapshot

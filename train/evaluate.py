@@ -62,10 +62,8 @@ def predict_views(member: Member, image: np.ndarray) -> np.ndarray:
     """Return the class probabilities of an image (H, W, 5) in each view, (6, 4, H, W) float16."""
     device = next(member.network.parameters()).device
     no_bias = (0.0,) * len(CLASS_NAMES)
-    maps = [
-        ensemble_probabilities(Model((member,), no_bias, Postprocess(), device), image, (view,))
-        for view in VIEWS
-    ]
+    model = Model((member,), no_bias, Postprocess(), device)
+    maps = [ensemble_probabilities(model, image, (view,)) for view in VIEWS]
     return np.stack(maps).astype(np.float16)
 
 

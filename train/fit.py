@@ -118,6 +118,11 @@ def _run_lightning(config: Config, data: FoldData, recorder: "Recorder", more: S
         )
 
 
+def arch_of(config: Config) -> dict:
+    """Return the config's network as `solution.build_network` takes it, in plain containers."""
+    return {"name": config.model.name, "args": to_dict(config)["model"]["args"]}
+
+
 def first_weights(config: Config, fold: int, data: FoldData) -> dict[str, torch.Tensor]:
     """Return the weights of the same fold in the run that `model.init` names.
 
@@ -127,7 +132,7 @@ def first_weights(config: Config, fold: int, data: FoldData) -> dict[str, torch.
     if not path.is_file():
         raise RunError(f"model.init: {path} does not exist. Train that run first, or leave model.init out.")
     record = torch.load(path, map_location="cpu", weights_only=True)
-    arch = {"name": config.model.name, "args": to_dict(config)["model"]["args"]}
+    arch = arch_of(config)
     if record["arch"] != arch:
         raise RunError(
             f"model.init: {path} is {record['arch']}, this config's model {arch}. Use the same model."
@@ -277,7 +282,7 @@ class Recorder(Callback):
         """Return the content of `fold.pt`: plain containers, numbers, strings and tensors."""
         return {
             "format": FOLD_FORMAT,
-            "arch": {"name": self.config.model.name, "args": to_dict(self.config)["model"]["args"]},
+            "arch": arch_of(self.config),
             **self.best,
             "fold": self.fold,
             "scheme": self.config.data.scheme,

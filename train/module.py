@@ -11,11 +11,9 @@ from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 from torchmetrics.classification import BinaryMatthewsCorrCoef, MulticlassMatthewsCorrCoef
 
 from prep.labels import CODE_CLASSES, IGNORE
-from solution import CLASS_NAMES, build_network, pad_to_multiple
+from solution import CLASS_NAMES, GLACIER_GROUP, build_network, pad_to_multiple
 from train.config import Config
 from train.losses import SetLoss
-
-GLACIER_CLASSES = (CLASS_NAMES.index("glacier"), CLASS_NAMES.index("debris"))
 
 
 class SegmentationModule(pl.LightningModule):
@@ -127,7 +125,7 @@ class SegmentationModule(pl.LightningModule):
 
 def is_glacier(codes: Tensor) -> Tensor:
     """Return bool: the class index or label code allows nothing but glacier, clean or debris-covered."""
-    inside = [code for code, classes in CODE_CLASSES.items() if set(classes) <= set(GLACIER_CLASSES)]
+    inside = [code for code, classes in CODE_CLASSES.items() if set(classes) <= set(GLACIER_GROUP)]
     return torch.isin(codes, torch.tensor(inside, dtype=codes.dtype, device=codes.device))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Mapping, Sequence
 import segmentation_models_pytorch as smp
 import torch
 
-from solution import CLASS_NAMES, MODEL_FORMAT, Postprocess, load_model
+from solution import CLASS_NAMES, MODEL_FORMAT, load_model
+from train.calibrate import Settings
 from train.evaluate import read_folds
 from train.fit import RunError, write_whole
+from train.submission import sha256
 
 MAX_BYTES = 300_000_000  # the organisers' limit for model.pth
 CARD_SCORES = (
@@ -54,8 +55,12 @@ def read_calibration(path: Path | None) -> dict:
         RunError: the file is missing.
     """
     if path is None:
-        plain = Postprocess(views=1, crf=None, min_speck=0, min_hole=0)
-        return {"class_bias": [0.0] * len(CLASS_NAMES), "postprocess": plain._asdict(), "runs": []}
+        plain = Settings()
+        return {
+            "class_bias": plain.class_bias,
+            "postprocess": plain.postprocess._asdict(),
+            "runs": [],
+        }
     if not path.is_file():
         raise RunError(f"{path}: no such calibration; make it with `python -m train calibrate`")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -177,8 +182,3 @@ def format_scores(scores: Mapping | None) -> str:
             *rows,
         ]
     )
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
