@@ -1,4 +1,4 @@
-"""Command line of the data preparation: `python -m prep competition` and `python -m prep sample`."""
+"""Command line of the data preparation: `python -m prep competition`, `hkh`, `sample` and `bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prep.competition import PHASE_OPTIONS, PrepError, format_summary, prepare
 from prep.folds import FoldError
 from prep.stats import StatsError
 from prep.store import StoreError, refuse_existing
-from solution import InputError
+from solution import CLASS_NAMES, InputError, usable_cores
 
 EXPECTED_ERRORS = (InputError, PrepError, StoreError, FoldError, StatsError)
 
@@ -24,6 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # no permission, or a full disk
+        where = getattr(options, "out", "the store")
+        print(
+            f"error: {error}; {where} was not written: see to permissions and free space, or name another "
+            "folder with --out",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 
@@ -32,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m prep", description="Raw data to tile stores.")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_competition(commands)
+    _add_hkh(commands)
     _add_sample(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -52,10 +62,69 @@ def _add_competition(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=run_competition)
 
 
+def _add_hkh(commands: argparse._SubParsersAction) -> None:
+    summary = "the HKH data set's Landsat-7 scenes and polygons, or its patches, to a tile store"
+    parser = commands.add_parser("hkh", help=summary, description=f"{summary} (docs/hkh.md)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--scenes", type=Path, help="folder with a GeoTIFF a scene")
+    source.add_argument("--patches", type=Path, help="folder with the data set's own .npy patches")
+    parser.add_argument("--labels", type=Path, help="polygons (.shp and others), or a folder of mask files")
+    parser.add_argument("--mask-order", help="what the channels of a patch's mask are, e.g. any,clean,debris")
+    parser.add_argument(
+        "--column", default="Glaciers", help="attribute with the class (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--words",
+        nargs="+",
+        metavar="CLASS=WORD",
+        default=["glacier=clean", "debris=debris", "lake=lake"],
+        help="word in the attribute's value, or in a mask file's name (default: %(default)s)",
+    )
+    parser.add_argument("--sun", type=Path, help="CSV with the columns scene and sun_elevation (degrees)")
+    parser.add_argument("--out", type=Path, default=Path("data/hkh"), help="default: %(default)s")
+    _add_hkh_settings(parser)
+    parser.add_argument("--jobs", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster, e.g. tcp://host:8786")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older store")
+    parser.set_defaults(command=run_hkh)
+
+
+def _add_hkh_settings(parser: argparse.ArgumentParser) -> None:
+    numbers = (
+        ("--size", int, 512, "side of a tile in pixels"),
+        ("--overlap", int, 64, "pixels shared by neighbouring tiles"),
+        ("--min-debris", int, 500, "a tile is kept from this many pixels of debris on"),
+        ("--min-lake", int, 50, "... or of lake"),
+        ("--min-glacier", int, 100, "... or of clean ice"),
+        ("--max-background", float, 0.8, "... but not with more background than this share of what has data"),
+        ("--val-share", float, 0.2, "share of validation, in whole scenes"),
+        ("--seed", int, 0, "of the split"),
+    )
+    for name, kind, default, text in numbers:
+        parser.add_argument(name, type=kind, default=default, help=f"{text} (default: %(default)s)")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    summary = (
+        "speed of `prep hkh` beside a bare rasterio read and write of the same bytes, on a synthetic scene"
+    )
+    parser = commands.add_parser("bench", help=summary, description=summary)
+    parser.add_argument("--size", type=int, default=3072, help="side of the scene, px (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("reports/prep_hkh.md"), help="default: %(default)s")
+    parser.set_defaults(command=run_bench)
+
+
 def _add_sample(commands: argparse._SubParsersAction) -> None:
-    summary = "synthetic scenes in the competition's layout, for the demo and the tests"
+    summary = "synthetic scenes in the layout of the competition or of HKH, for the demo and the tests"
     parser = commands.add_parser("sample", help=summary, description=summary)
     parser.add_argument("--out", type=Path, default=Path("data/sample"), help="default: %(default)s")
+    parser.add_argument(
+        "--like",
+        choices=["competition", "hkh"],
+        default="competition",
+        help="hkh: Landsat-7 scenes with stripes and a shapefile (default: %(default)s)",
+    )
     parser.add_argument("--tiles", type=int, default=10, help="number of scenes (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="side in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
@@ -76,9 +145,67 @@ def run_competition(options: argparse.Namespace) -> None:
     print(format_summary(summary))
 
 
+def run_hkh(options: argparse.Namespace) -> None:
+    """Write the tile store of HKH and print what was kept, what was dropped and why."""
+    if (options.scenes is None) != (options.labels is None):
+        raise InputError("--labels belongs to --scenes: polygons, or a folder of mask files per class")
+    if (options.patches is None) != (options.mask_order is None):
+        raise InputError(
+            "--mask-order belongs to --patches: any,clean,debris in the order of the masks' channels, which "
+            "differs between exports"
+        )
+    from prep import hkh  # here, so that the other commands do not load what it needs
+
+    source = hkh.Source(
+        scenes=options.scenes,
+        labels=options.labels,
+        patches=options.patches,
+        mask_order=options.mask_order,
+        column=options.column,
+        words=parse_words(options.words),
+        sun=options.sun,
+    )
+    keep = hkh.Filter(options.min_debris, options.min_lake, options.min_glacier, options.max_background)
+    grid = hkh.Grid(options.size, options.overlap)
+    settings = hkh.Settings(grid, keep, options.val_share, options.seed)
+    resources = hkh.Resources(options.jobs or usable_cores(), options.dask)
+    print(hkh.format_summary(hkh.prepare(source, options.out, settings, resources, options.overwrite)))
+
+
+def parse_words(pairs: Sequence[str]) -> dict[str, str]:
+    """Return {class: word} of pairs such as "glacier=clean". Raises InputError for anything else."""
+    words = dict(pair.partition("=")[::2] for pair in pairs)
+    classes = CLASS_NAMES[1:]
+    if not {"glacier", "debris"} <= set(words) <= set(classes) or not all(words.values()):
+        raise InputError(
+            f"--words: found {' '.join(pairs)}, expected glacier=WORD debris=WORD and perhaps lake=WORD"
+        )
+    return words
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Time the preparation of a synthetic scene, print the figures and write the report."""
+    from prep.bench import run, write_report
+
+    result = run(options.size, options.repeats)
+    write_report(options.out, result)
+    print(f"{options.out}: {result.summary()}")
+
+
 def run_sample(options: argparse.Namespace) -> None:
     """Write synthetic scenes into a new folder."""
     refuse_existing(options.out)
+    if options.like == "hkh":
+        from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
+
+        write_hkh_sample(options.out, options.tiles, options.size, options.seed)
+        print(
+            f"{options.out}: {options.tiles} synthetic Landsat-7 scenes of {options.size} px written. Next:"
+        )
+        print(
+            f"python -m prep hkh --scenes {options.out / SCENES_FOLDER} --labels {options.out / LABELS_FILE}"
+        )
+        return
     from prep.synthetic import write_sample  # here, so that the other command does not load what it needs
 
     write_sample(options.out, options.tiles, options.size, options.seed, options.naming, options.labels)

@@ -14,7 +14,7 @@ import tifffile
 from tqdm import tqdm
 
 from prep import folds, label_files, stats, store
-from prep.label_files import LabelFile
+from prep.label_files import LabelFile, Labels
 from prep.labels import IGNORE, count_codes
 from solution import TileError, TileFiles, find_tiles, implausible_units, read_tile, valid_mask, warn
 
@@ -29,14 +29,6 @@ class PrepError(Exception):
         lines = "\n".join(f"  - {problem}" for problem in problems)
         super().__init__(f"{len(problems)} problem(s), no store written:\n{lines}")
         self.problems = list(problems)
-
-
-class Labels(NamedTuple):
-    """The chosen labels: `files` and `phases` ("phase1", "phase2") by tile id, and `problems` found."""
-
-    files: dict[str, LabelFile]
-    phases: dict[str, str]
-    problems: list[str]
 
 
 class Summary(NamedTuple):
@@ -71,7 +63,7 @@ def prepare(
     """
     if not overwrite:
         store.refuse_existing(out)
-    tiles = find_tiles(data)
+    tiles = find_tiles(Path(data))
     labels = read_labels(Path(data), phase)
     labelled = _match(tiles, labels)
     with store.create(out) as writer:
@@ -82,27 +74,17 @@ def prepare(
 
 
 def read_labels(data: Path, phase: str) -> Labels:
-    """Survey label/ and label_phase2/, check their values, choose each tile's label: phase 2 first."""
-    found = Labels({}, {}, [])
-    for name in label_files.PHASE_FOLDERS:  # phase 2 comes last and replaces phase 1
-        surveyed, problems = label_files.survey(data / name)
-        scheme = _phase_of(name, surveyed, phase)
-        problems += label_files.scheme_problems(surveyed, scheme)
-        if scheme == "phase2":
-            problems += label_files.disguise_problems(surveyed)
-        found.problems.extend(problems)
-        found.files.update({label.tile_id: label for label in surveyed})
-        found.phases.update({label.tile_id: scheme for label in surveyed})
+    """Return the labels of label/ and label_phase2/; where a tile has both, that of phase 2.
+
+    Raises:
+        PrepError: there are none at all.
+    """
+    folders = [data / name for name in label_files.PHASE_FOLDERS]
+    found = label_files.read_labels(folders, PHASE_OPTIONS[phase])
     if not found.files and not found.problems:
         wanted = " or ".join(f"{name}/" for name in label_files.PHASE_FOLDERS)
         raise PrepError([f"{data}: no label found; expected TIFF or PNG files in {wanted}"])
     return found
-
-
-def _phase_of(folder: str, surveyed: Sequence[LabelFile], option: str) -> str:
-    if folder == label_files.PHASE_FOLDERS[1]:
-        return "phase2"
-    return PHASE_OPTIONS[option] or label_files.detect_phase(surveyed)
 
 
 def _match(tiles: Sequence[TileFiles], labels: Labels) -> list[TileFiles]:

@@ -122,8 +122,9 @@ def spatial(tiles: Sequence[TileRow]) -> dict[str, int]:
     the grid, the tiles stand in a row, sorted by id (phase 2's img001 ... are the grid's tiles, sorted).
     """
     places = _places(tiles)
-    blocks = _divide(places)
-    blocks = sorted(blocks, key=lambda block: (places[sorted(block)].mean(axis=0).sum(), sorted(block)))
+    blocks = sorted(
+        _divide(places), key=lambda block: (places[sorted(block)].mean(axis=0).sum(), sorted(block))
+    )
     fold_of = {tile: fold for fold, block in enumerate(blocks) for tile in block}
     return {tile.tile_id: fold_of[index] for index, tile in enumerate(tiles)}
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Iterable, NamedTuple, Optional, Sequence
 
 import cv2
 import numpy as np
 
 from prep.labels import GLACIER_OR_DEBRIS
-from solution import CLASS_NAMES, CLASS_VALUES, TIFF_SUFFIXES, TileError, decode_tiff, tile_id
+from solution import CLASS_NAMES, CLASS_VALUES, MOST_PIXELS, TIFF_SUFFIXES, TileError, decode_tiff, tile_id
 
 PHASE_FOLDERS = ("label", "label_phase2")  # phase 2 is read where present
 LABEL_SUFFIXES = (*TIFF_SUFFIXES, ".png")
 PHASES = ("phase1", "phase2")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 LAKE_VALUE = CLASS_VALUES[CLASS_NAMES.index("lake")]
 GLACIER_VALUES = (CLASS_VALUES[CLASS_NAMES.index("glacier")], CLASS_VALUES[CLASS_NAMES.index("debris")])
@@ -61,10 +64,14 @@ class LabelFile(NamedTuple):
 def read_label(path: Path) -> np.ndarray:
     """Return a label file's values as stored, (H, W), any number type; 0 stays 0 (for bands it is nodata).
 
+    A grey picture that was saved as red, green and blue is read as what it is.
+
     Raises:
         TileError: unreadable, or more than one channel.
     """
     pixels = decode_tiff(path)[0] if path.suffix.lower() in TIFF_SUFFIXES else _decode_png(path)
+    if pixels.ndim == 3 and pixels.shape[-1] in (3, 4) and (pixels[..., :3] == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
     if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[-1]):
         pixels = pixels[0] if pixels.shape[0] == 1 else pixels[..., 0]
     if pixels.ndim != 2 or pixels.size == 0:
@@ -76,13 +83,66 @@ def read_label(path: Path) -> np.ndarray:
 
 
 def _decode_png(path: Path) -> np.ndarray:
-    encoded = np.fromfile(path, np.uint8)
-    pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if encoded.size else None
+    size = os.path.getsize(path) if os.path.isfile(path) else 0  # a pipe would be read for ever
+    try:
+        encoded = np.fromfile(path, np.uint8) if size else np.empty(0, np.uint8)
+        whole = encoded[:8].tobytes() == PNG_SIGNATURE and png_pixels(encoded) <= MOST_PIXELS
+        pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if whole else None
+    except (OSError, cv2.error, struct.error):
+        pixels = None
     if pixels is None:
-        raise TileError(
-            f"{path}: cannot be read as a PNG ({encoded.size} bytes); copy or export the file again"
-        )
+        raise TileError(f"{path}: cannot be read as a PNG ({size} bytes); copy or export the file again")
     return pixels
+
+
+def png_pixels(encoded: np.ndarray) -> int:
+    """Return the number of pixels that the header of a PNG declares: a small file can declare very many."""
+    width, height = struct.unpack(">II", encoded[16:24].tobytes())
+    return width * height
+
+
+class Labels(NamedTuple):
+    """The chosen labels: `files` and `phases` ("phase1", "phase2") by tile id, and `problems` found."""
+
+    files: dict[str, LabelFile]
+    phases: dict[str, str]
+    problems: list[str]
+
+
+def read_labels(folders: Sequence[Path], phase: Optional[str]) -> Labels:
+    """Survey label folders, check their values, and choose each tile's label: of two the later folder's.
+
+    Args:
+        folders: those that do not exist hold nothing; label/ goes before label_phase2/.
+        phase: of all but label_phase2/, which is always phase 2; None to tell it by the values.
+    """
+    found = Labels({}, {}, [])
+    for folder in folders:
+        surveyed, problems = survey(folder)
+        scheme = "phase2" if folder.name == PHASE_FOLDERS[1] else phase or detect_phase(surveyed)
+        problems += scheme_problems(surveyed, scheme)
+        if scheme == "phase2":
+            problems += disguise_problems(surveyed)
+        found.problems.extend(problems)
+        found.files.update({label.tile_id: label for label in surveyed})
+        found.phases.update({label.tile_id: scheme for label in surveyed})
+    return found
+
+
+def list_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return ({tile id: TIFF or PNG} of a folder, one message for each further file with an id of these)."""
+    files: dict[str, Path] = {}
+    problems = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix.lower() not in LABEL_SUFFIXES or path.name.startswith("."):
+            continue
+        identifier = tile_id(path.name)
+        if identifier in files:
+            first = files[identifier].name
+            problems.append(f"{path}: {first} is of tile {identifier} too; remove one of the two")
+        else:
+            files[identifier] = path
+    return files, problems
 
 
 def survey(folder: Path) -> tuple[list[LabelFile], list[str]]:
@@ -90,32 +150,31 @@ def survey(folder: Path) -> tuple[list[LabelFile], list[str]]:
 
     A folder that does not exist has none. Problems are unreadable files and two files for one tile.
     """
-    labels: dict[str, LabelFile] = {}
-    problems = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix.lower() not in LABEL_SUFFIXES or path.name.startswith("."):
-            continue
-        identifier = tile_id(path.name)
-        if identifier in labels:
-            first = labels[identifier].path.name
-            problems.append(f"{path}: {first} is a label of tile {identifier} too; remove one of the two")
-            continue
+    files, problems = list_files(folder)
+    labels = []
+    for identifier in sorted(files):
         try:
-            labels[identifier] = _survey_file(identifier, path)
+            labels.append(_survey_file(identifier, files[identifier]))
         except TileError as error:
             problems.append(str(error))
-    return [labels[identifier] for identifier in sorted(labels)], problems
+    return labels, problems
 
 
 def _survey_file(identifier: str, path: Path) -> LabelFile:
     pixels = read_label(path)
     values, counts = np.unique(pixels, return_counts=True)
-    return LabelFile(identifier, path, pixels.shape, dict(zip(values.tolist(), counts.tolist())))
+    height, width = pixels.shape
+    return LabelFile(identifier, path, (height, width), dict(zip(values.tolist(), counts.tolist())))
+
+
+def has_glaciers(labels: Iterable[LabelFile]) -> bool:
+    """Tell whether 85 or 170 occurs in any of the labels of a folder."""
+    return any(label.has_glacier_values() for label in labels)
 
 
 def detect_phase(labels: Iterable[LabelFile]) -> str:
     """Return "phase2" where 85 or 170 occurs in any of the labels of a folder, else "phase1"."""
-    return "phase2" if any(label.has_glacier_values() for label in labels) else "phase1"
+    return "phase2" if has_glaciers(labels) else "phase1"
 
 
 def scheme_problems(labels: Iterable[LabelFile], phase: str) -> list[str]:
@@ -125,7 +184,7 @@ def scheme_problems(labels: Iterable[LabelFile], phase: str) -> list[str]:
         foreign = {value: n for value, n in label.counts.items() if value not in VALUE_CODES[phase]}
         if foreign:
             problems.append(
-                f"{label.path}: found {_list_values(foreign)}; expected only {SCHEMES[phase]} in a "
+                f"{label.path}: found {list_values(foreign)}; expected only {SCHEMES[phase]} in a "
                 f"{_spell(phase)} label; export the label with these values"
             )
     return problems
@@ -147,14 +206,23 @@ def disguise_problems(labels: Iterable[LabelFile]) -> list[str]:
     ]
 
 
-def _disguised_folder(labels: list[LabelFile]) -> list[str]:
+def lake_share(labels: Sequence[LabelFile]) -> float:
+    """Return the share (0-1) of the area of some labels that has the value of lakes."""
     area = sum(sum(label.counts.values()) for label in labels)
-    lake = sum(label.counts.get(LAKE_VALUE, 0) for label in labels)
-    if area == 0 or lake / area <= LARGEST_LAKE_SHARE_OF_FOLDER:
+    return sum(label.counts.get(LAKE_VALUE, 0) for label in labels) / max(1, area)
+
+
+def is_disguised(labels: Sequence[LabelFile]) -> bool:
+    """Tell whether 255 covers more of a folder's area than lakes can."""
+    return lake_share(labels) > LARGEST_LAKE_SHARE_OF_FOLDER
+
+
+def _disguised_folder(labels: Sequence[LabelFile]) -> list[str]:
+    if not is_disguised(labels):
         return []
     return [
-        f"{labels[0].path.parent}: meant as phase 2, but 255 covers {lake / area:.1%} of its {len(labels)} "
-        f"tiles and neither 85 nor 170 occurs in any. {EXPLANATION}"
+        f"{labels[0].path.parent}: meant as phase 2, but 255 covers {lake_share(labels):.1%} of its "
+        f"{len(labels)} tiles and neither 85 nor 170 occurs in any. {EXPLANATION}"
     ]
 
 
@@ -170,7 +238,7 @@ def _spell(phase: str) -> str:
     return phase.replace("phase", "phase-")
 
 
-def _list_values(counts: dict[float, int], most: int = 8) -> str:
+def list_values(counts: dict[float, int], most: int = 8) -> str:
     """Spell out values with their pixel counts, the commonest first."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{value:g} ({count:,} px)" for value, count in ordered[:most])

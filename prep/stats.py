@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Iterable
+from typing import TYPE_CHECKING, Iterable, Mapping
 
 import numpy as np
 
@@ -37,15 +37,28 @@ class BandAccumulator:
             self._merge(band, values[~np.isnan(values)])
 
     def _merge(self, band: int, values: np.ndarray) -> None:
-        if values.size == 0:
-            return
-        mean = values.mean()
-        total = self._count[band] + values.size
+        if values.size:
+            mean = values.mean()
+            self._combine(band, values.size, mean, ((values - mean) ** 2).sum())
+
+    def _combine(self, band: int, count: int, mean: float, squares: float) -> None:
+        total = self._count[band] + count
         shift = mean - self._mean[band]
-        self._squares[band] += ((values - mean) ** 2).sum()
-        self._squares[band] += shift**2 * self._count[band] * (values.size / total)
-        self._mean[band] += shift * (values.size / total)
+        self._squares[band] += squares
+        self._squares[band] += shift**2 * self._count[band] * (count / total)
+        self._mean[band] += shift * (count / total)
         self._count[band] = total
+
+    def state(self) -> dict[str, list]:
+        """Return all that was taken in, as numbers that JSON keeps exactly, for `absorb`."""
+        arrays = {"count": self._count, "mean": self._mean, "squares": self._squares}
+        return {name: array.tolist() for name, array in arrays.items()}
+
+    def absorb(self, state: Mapping[str, list]) -> None:
+        """Take in another accumulator's `state`, as if its images had been added here."""
+        for band, (count, mean, squares) in enumerate(zip(state["count"], state["mean"], state["squares"])):
+            if count:
+                self._combine(band, count, mean, squares)
 
     def result(self) -> dict[str, list]:
         """Return {"mean", "std", "count"}, each a list of 5; std is the population's (numpy's default).

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import glob
 import json
 import os
+import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Iterator, Mapping, NamedTuple, Sequence
 
@@ -18,6 +21,10 @@ TILES_FILE = "tiles.csv"
 STATS_FILE = "stats.json"
 FOLDS_FILE = "folds.json"
 STORE_FILE = "store.json"
+SPLIT_FILES = ("train_ids.txt", "val_ids.txt")  # instead of folds.json, one tile id a line
+SPLIT_SCHEME = "split"  # name of the fold scheme that the two make
+TRAIN_ONLY = -1  # "fold" of a tile that is never held out
+FILE_NAME_ERRORS = "surrogateescape"  # names of files may be any bytes
 TILE_COLUMNS = ("tile_id", "source", "row", "col", "labels", "valid_share", *CODE_NAMES.values())
 
 
@@ -29,7 +36,7 @@ class TileRow(NamedTuple):
     """One row of tiles.csv.
 
     `row`, `col`: place in the grid that a tile id `row_col` states, None where the id states none.
-    `labels`: "phase1" or "phase2". `valid_share`: share (0-1) of pixels with a value in some band.
+    `labels`: "phase1", "phase2" or "hkh". `valid_share`: share (0-1) of pixels with a value in some band.
     `counts`: pixels per code, keyed by the names in `prep.labels.CODE_NAMES`.
     """
 
@@ -42,6 +49,13 @@ class TileRow(NamedTuple):
     counts: Mapping[str, int]
 
 
+class Split(NamedTuple):
+    """Ids of the tiles to train on and of those to validate on, where a store has these instead of folds."""
+
+    train: list[str]
+    val: list[str]
+
+
 class TileStore:
     """Read side of a tile store; opening it checks that every file it lists is there."""
 
@@ -52,7 +66,8 @@ class TileStore:
         self.tiles: list[TileRow] = _read_tiles(self.folder / TILES_FILE)
         self.tile_ids: list[str] = [tile.tile_id for tile in self.tiles]
         self.stats: dict = _read_json(self.folder / STATS_FILE)
-        self.folds: dict = _read_json(self.folder / FOLDS_FILE)
+        self._known = set(self.tile_ids)
+        self.folds: dict = self._read_folds()
         self._require_tiles()
 
     def image(self, tile_id: str) -> np.ndarray:
@@ -64,7 +79,10 @@ class TileStore:
         return np.load(self._path("masks", tile_id))
 
     def fold_of(self, scheme: str) -> dict[str, int]:
-        """Return {tile_id: fold} of the scheme "stratified" or "spatial"."""
+        """Return {tile_id: fold} of the scheme "stratified" or "spatial", or of "split".
+
+        The last is that of a store with training and validation ids: 0 for validation, else TRAIN_ONLY.
+        """
         assignment = self.folds.get(scheme)
         if not isinstance(assignment, dict):
             known = ", ".join(name for name, value in self.folds.items() if isinstance(value, dict))
@@ -72,24 +90,37 @@ class TileStore:
         return {tile_id: int(fold) for tile_id, fold in assignment.items()}
 
     def _path(self, kind: str, tile_id: str) -> Path:
-        if tile_id not in self.tile_ids:
-            raise StoreError(f"{self.folder}: no tile '{tile_id}'; it holds {', '.join(self.tile_ids)}")
+        if tile_id not in self._known:
+            raise StoreError(f"{self.folder}: no tile '{tile_id}'; it holds {name_some(self.tile_ids)}")
         return self.folder / kind / f"{tile_id}.npy"
 
     def _require_complete(self) -> None:
-        parts = ("images", "masks", TILES_FILE, STATS_FILE, FOLDS_FILE)
+        split = any((self.folder / name).exists() for name in SPLIT_FILES)
+        parts = ("images", "masks", TILES_FILE, STATS_FILE, *(SPLIT_FILES if split else (FOLDS_FILE,)))
         missing = [part for part in parts if not (self.folder / part).exists()]
         if missing:
             raise StoreError(
                 f"{self.folder} is no complete tile store: {', '.join(missing)} missing. {_remedy()}"
             )
 
+    def _read_folds(self) -> dict:
+        if not (self.folder / SPLIT_FILES[0]).exists():
+            return _read_json(self.folder / FOLDS_FILE)
+        sides = [(self.folder / name).read_text(encoding="utf-8").split() for name in SPLIT_FILES]
+        ids = [tile_id for side in sides for tile_id in side]
+        if sorted(ids) != sorted(self.tile_ids):
+            raise StoreError(
+                f"{self.folder}: {' and '.join(SPLIT_FILES)} name {len(ids)} tiles, which are not the "
+                f"{len(self.tile_ids)} of {TILES_FILE}. {_remedy()}"
+            )
+        return {SPLIT_SCHEME: {**dict.fromkeys(sides[0], TRAIN_ONLY), **dict.fromkeys(sides[1], 0)}}
+
     def _require_tiles(self) -> None:
         paths = [self._path(kind, tile_id) for kind in ("images", "masks") for tile_id in self.tile_ids]
         missing = [str(path.relative_to(self.folder)) for path in paths if not path.is_file()]
         if missing:
             raise StoreError(
-                f"{self.folder}: {TILES_FILE} lists files that are missing: {', '.join(missing)}. {_remedy()}"
+                f"{self.folder}: {TILES_FILE} lists files that are missing: {name_some(missing)}. {_remedy()}"
             )
 
 
@@ -111,13 +142,23 @@ class StoreWriter:
         np.save(self.folder / "images" / f"{tile_id}.npy", image.astype(np.float32, copy=False))
         np.save(self.folder / "masks" / f"{tile_id}.npy", mask.astype(np.uint8, copy=False))
 
-    def write_index(self, tiles: Sequence[TileRow], stats: Mapping, folds: Mapping, about: Mapping) -> None:
-        """Store tiles.csv, stats.json, folds.json and the provenance in store.json."""
-        with open(self.folder / TILES_FILE, "w", newline="", encoding="utf-8") as stream:
+    def write_index(
+        self, tiles: Sequence[TileRow], stats: Mapping, folds: Mapping | Split, about: Mapping
+    ) -> None:
+        """Store tiles.csv, stats.json, store.json (the provenance), and folds.json or the ids of a Split."""
+        with open(
+            self.folder / TILES_FILE, "w", newline="", encoding="utf-8", errors=FILE_NAME_ERRORS
+        ) as stream:
             writer = csv.DictWriter(stream, TILE_COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(_to_record(tile) for tile in tiles)
-        for name, content in ((STATS_FILE, stats), (FOLDS_FILE, folds), (STORE_FILE, about)):
+        files = {STATS_FILE: stats, STORE_FILE: about}
+        if isinstance(folds, Split):
+            for name, ids in zip(SPLIT_FILES, folds):
+                (self.folder / name).write_text("".join(f"{tile_id}\n" for tile_id in ids), encoding="utf-8")
+        else:
+            files[FOLDS_FILE] = folds
+        for name, content in files.items():
             (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -133,20 +174,65 @@ def refuse_existing(target: str | os.PathLike) -> None:
 
 
 @contextmanager
-def create(target: str | os.PathLike) -> Iterator[StoreWriter]:
+def create(target: str | os.PathLike, scratch: Path | None = None) -> Iterator[StoreWriter]:
     """Build a store in a temporary folder beside `target`; rename it when the block ends without an error.
+
+    The temporary folder is made in `scratch` where one is given (existing, on the same file system): its
+    owner can remove what a killed process left there. Elsewhere the next call for `target` does.
 
     An older store at `target` stays as it was until then, and whenever an error occurs. Anything else at
     `target` (a file, a folder with other content) is never replaced: StoreError.
     """
-    target = Path(target).resolve()
+    target = Path(os.path.realpath(target))
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-building-", dir=target.parent) as work:
-        building = Path(work) / "store"
+    with _temporary_folder(target, scratch or target.parent) as work:
+        building = work / "store"
         building.mkdir()
         yield StoreWriter(building)
-        _replace(target, building)
+        with locked(target.parent):
+            _replace(target, building)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock on a folder, which ends with the process at the latest; yield False where another process
+    holds it and is not waited for."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _temporary_folder(target: Path, parent: Path) -> Iterator[Path]:
+    """Make a folder for the time of the block, locked to show that its process lives.
+
+    Those that killed processes left for `target` are removed.
+    """
+    prefix = f".{target.name}-building-"
+    with ExitStack() as stack:
+        with locked(target.parent):
+            for abandoned in parent.glob(f"{glob.escape(prefix)}*"):
+                _remove_abandoned(abandoned, target)
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent)))
+            stack.enter_context(locked(work))
+        yield work
+
+
+def _remove_abandoned(folder: Path, target: Path) -> None:
+    """Remove a temporary folder unless its process lives; a store that was about to be replaced goes back."""
+    with locked(folder, wait=False) as abandoned:
+        if abandoned:
+            if (folder / "old").exists() and not target.exists():
+                (folder / "old").rename(target)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -172,6 +258,12 @@ def _replace(target: Path, building: Path) -> None:
         raise
 
 
+def name_some(names: Sequence[str], most: int = 10) -> str:
+    """Return the names as a list, cut short where there are many."""
+    listed = ", ".join(names[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+
+
 def _to_record(tile: TileRow) -> dict:
     record = {**tile._asdict(), **tile.counts, "valid_share": f"{tile.valid_share:.6f}"}
     del record["counts"]
@@ -179,7 +271,7 @@ def _to_record(tile: TileRow) -> dict:
 
 
 def _read_tiles(path: Path) -> list[TileRow]:
-    with open(path, newline="", encoding="utf-8") as stream:
+    with open(path, newline="", encoding="utf-8", errors=FILE_NAME_ERRORS) as stream:
         reader = csv.DictReader(stream)
         missing = [name for name in TILE_COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
@@ -207,4 +299,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _remedy() -> str:
-    return "Make the store with `make prep DATA=<folder with Band1 ... Band5 and label>`."
+    return (
+        "Make the store with `make prep DATA=<folder with Band1 ... Band5 and label>` (competition) or "
+        "`python -m prep hkh` (HKH)."
+    )

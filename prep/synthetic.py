@@ -270,7 +270,7 @@ def carve_relief(parameters: SceneParameters, rng: np.random.Generator) -> np.nd
         z = _enlarge(z, _ceil_divide(side, cells))
         for _ in range(steps):
             z = erode(z, cells * CELL, rng)
-    z = cv2.GaussianBlur(z, (0, 0), 0.7)
+    z = np.asarray(cv2.GaussianBlur(z, (0, 0), 0.7))
     return parameters.mean_elevation + (z - z.mean()) / z.std() * parameters.relief
 
 
@@ -299,9 +299,9 @@ def route_water(z: np.ndarray) -> _Drainage:
     rows, cols = z.shape
     heights = np.pad(z, 1).ravel().tolist()
     width = cols + 2
-    closed = np.ones((rows + 2, width), bool)
-    closed[1:-1, 1:-1] = False
-    closed = closed.ravel().tolist()
+    border = np.ones((rows + 2, width), bool)
+    border[1:-1, 1:-1] = False
+    closed = border.ravel().tolist()
     rim = np.zeros((rows + 2, width), bool)
     rim[1:-1, 1:-1] = True
     rim[2:-2, 2:-2] = False
@@ -474,7 +474,7 @@ def place_lakes(
     """
     inset = (side - max(size, SMALLEST_CANVAS)) / 2 + 16
     count = max(3, round(5 * (size / 512) ** 2))
-    lakes = []
+    lakes: list[np.ndarray] = []
     for cell, _ in ice.termini:
         path = _free_valley(cell, ice, drainage)[: rng.integers(2, 6)]
         if len(path) < 2:
@@ -710,8 +710,8 @@ def drop_values(bands: np.ndarray, masked: np.ndarray, rng: np.random.Generator)
 
 def to_numbers(bands: np.ndarray) -> np.ndarray:
     """Return physical units as Landsat scaled integers, float32 (H, W, 5); NaN becomes 0."""
-    numbers = [np.round((bands[..., i] - band.offset) / band.scale) for i, band in enumerate(BANDS)]
-    numbers = np.clip(np.dstack(numbers), 1, LARGEST_DN)
+    exact = [np.round((bands[..., i] - band.offset) / band.scale) for i, band in enumerate(BANDS)]
+    numbers = np.clip(np.dstack(exact), 1, LARGEST_DN)
     return np.where(np.isnan(bands), 0, numbers).astype(np.float32)
 
 

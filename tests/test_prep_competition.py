@@ -302,7 +302,7 @@ def test_all_problems_are_reported_together_and_no_store_is_left(data, out):
     next((data / "Band3").glob("*02_07.tif")).unlink()
     next((data / "Band4").glob("*02_08.tif")).write_bytes(b"II*\0 no raster")
     write_label(data, "label", "03_07", np.zeros((5, 6), np.uint8))
-    write_label(data, "label", "03_08", np.zeros((*SHAPE, 3), np.uint8))
+    write_label(data, "label", "03_08", np.full((*SHAPE, 3), (0, 85, 170), np.uint8))
     (data / "label" / "Y_output_resized_04_07.tif").write_bytes(b"")
     with pytest.raises(PrepError) as caught:
         prepare(data, out)
@@ -314,6 +314,13 @@ def test_all_problems_are_reported_together_and_no_store_is_left(data, out):
     assert "(20, 24, 3)" in message
     assert "Y_output_resized_04_07.tif: cannot be read" in message
     assert_no_store(out)
+
+
+def test_a_grey_label_saved_as_red_green_blue_is_read(data, out):
+    expected = prepare(data, out).tiles
+    coloured = np.repeat(phase1_label().astype(np.uint8)[..., None], 3, axis=-1)
+    write_label(data, "label", "03_08", coloured)
+    assert prepare(data, out.with_name("again")).tiles == expected
 
 
 def test_two_labels_for_one_tile_are_refused(data, out):
