@@ -15,17 +15,30 @@ The file reads in the order in which data flows: domain, reading, units, network
 processing, writing, one run over a folder, and the doors for its callers.
 """
 
+import time
+
+STARTED = time.perf_counter()  # before the slow imports, which a time budget has to count
+
 import argparse
+import copy
 import inspect
+import lzma
+import math
 import os
 import re
 import sys
 import tempfile
-import time
 import zipfile
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+
+# Read when torch is loaded: waiting threads sleep. On cores shared with other work, threads that spin instead
+# make a pass several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import cv2
 import numpy as np
@@ -74,8 +87,15 @@ LARGEST_TILE = 1024  # px; larger images are processed in windows
 WINDOW = 512  # px, the size of the training tiles
 OVERLAP = 128  # px shared by neighbouring windows, where their probabilities are blended
 DEFAULT_SHAPE = (512, 512)  # of the mask for a tile of which no band can be read
+SPARE_SECONDS = 1.0  # of a time budget, kept for the last mask and for leaving Python,
+SPARE_PART = 0.03  # or this part of it, if that is more
+WORTH_TIMING = 60  # passes in all; for fewer, finding out what is fastest costs more than it brings
 
 TIFF_SUFFIXES = (".tif", ".tiff")
+MOST_PIXELS = 100_000_000  # of a raster, more than a whole Landsat scene; a small file can declare far more
+UNPACKERS = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}  # by compression
+HARMLESS_BYTES = 2**16  # of a packed strip or tile, which unpacks to no more than about a thousand times that
+LARGEST_VALUE = 1e6  # stored values are below 65536; what is far above, or below 0, is some fill value
 GDAL_NODATA_TAG = 42113
 # Fill values in use for signed rasters. In an int16 file that was cast from uint16 they may also be the
 # measurements 55537 and 32768, which are then lost: single pixels, against whole areas of fill.
@@ -83,7 +103,8 @@ SIGNED_FILL_VALUES = (-9999, -32768)
 PLAUSIBLE_KELVIN = (180.0, 360.0)  # surface temperatures on Earth, with a margin
 
 MODEL_FILE = "model.pth"
-MODEL_FORMAT = "glacier-kit/1"
+MODEL_FORMAT = "glacier-kit/2"
+TIME_BUDGET_VARIABLE = "GLACIER_TIME_BUDGET"
 EXPECTED_LAYOUT = (
     "expected a folder with Band1, Band2, Band3, Band4 and Band5 in it, each with one TIFF a tile that "
     "shares its tile id with the other bands (img001.tif everywhere, or B2_B2_masked_02_07.tif in Band1 and "
@@ -144,14 +165,15 @@ def band_folders(data: DataSource) -> Dict[int, Path]:
     Raises:
         InputError: the folder does not exist or holds no band folder.
     """
-    if isinstance(data, Mapping):
-        named = {str(name): Path(folder) for name, folder in data.items()}
-    else:
-        root = Path(data)
-        if not root.is_dir():
-            raise InputError(f"{root}: no such folder; {EXPECTED_LAYOUT}")
-        named = {entry.name: entry for entry in sorted(root.iterdir()) if entry.is_dir()}
-    folders = {band_number(name): folder for name, folder in named.items() if band_number(name)}
+    try:
+        named = named_folders(data)
+    except (OSError, TypeError) as error:
+        raise InputError(f"{data}: cannot be looked into ({error}); {EXPECTED_LAYOUT}") from error
+    folders: Dict[int, Path] = {}
+    for name, folder in named.items():
+        number = band_number(name)
+        if number and folders.setdefault(number, folder) != folder:
+            warn(f"{folder}: not used, {folders[number]} is that band too; remove one of the two")
     if not folders:
         where = "the mapping given" if isinstance(data, Mapping) else str(data)
         found = ", ".join(sorted(named)[:10]) or "nothing"
@@ -159,12 +181,24 @@ def band_folders(data: DataSource) -> Dict[int, Path]:
     return folders
 
 
+def named_folders(data: DataSource) -> Dict[str, Path]:
+    """Return {name: folder} for the entries of a mapping, or for the folders in a data folder."""
+    if isinstance(data, Mapping):
+        return {str(name): Path(folder) for name, folder in data.items()}
+    if not os.path.isdir(data):
+        raise InputError(f"{data}: no such folder; {EXPECTED_LAYOUT}")
+    return {entry.name: entry for entry in sorted(Path(data).iterdir()) if os.path.isdir(entry)}
+
+
 def list_band(folder: Path) -> Dict[str, Path]:
-    """Return {tile id: file} for the TIFFs of one band folder; a missing folder has none."""
-    if not folder.is_dir():
-        return {}
+    """Return {tile id: file} for the TIFFs of one band folder; one that cannot be looked into has none."""
+    try:
+        entries = sorted(folder.iterdir()) if os.path.isdir(folder) else []
+    except OSError as error:
+        warn(f"{folder}: cannot be looked into ({error.strerror}); make it readable")
+        entries = []
     files: Dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in entries:
         if path.suffix.lower() not in TIFF_SUFFIXES or path.name.startswith("."):
             continue
         first = files.setdefault(tile_id(path.name), path)
@@ -196,19 +230,43 @@ def decode_tiff(path: Path) -> Tuple[np.ndarray, Optional[float]]:
     """Return a TIFF's first page and its declared nodata value.
 
     Raises:
-        TileError: the file cannot be read as a TIFF.
+        TileError: the file cannot be read as a TIFF, or is too large.
     """
+    size = os.path.getsize(path) if os.path.isfile(path) else "no"
     try:
+        if size == "no":  # a pipe or a device would be read for ever
+            raise ValueError("no file that can be reached")
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages[0]
+            refuse_bomb(page, path)
             tag = page.tags.get(GDAL_NODATA_TAG)
             return decode_page(page, path), parse_nodata(tag)
+    except TileError:
+        raise
     except Exception as error:  # a damaged TIFF may raise almost anything from within its decoder
-        size = path.stat().st_size if path.is_file() else "no"
         raise TileError(
             f"{path}: cannot be read as a TIFF ({size} bytes; {type(error).__name__}: {error}); "
             "copy or export the file again"
         ) from error
+
+
+def refuse_bomb(page: tifffile.TiffPage, path: Path) -> None:
+    """Raise TileError for a page that would take far more memory than its file leads one to expect."""
+    height, width = page.imagelength, page.imagewidth
+    if max(math.prod(page.shape), page.tilewidth * page.tilelength) > MOST_PIXELS:
+        raise TileError(
+            f"{path}: declares {width} x {height} px, expected {MOST_PIXELS:,} px or fewer; cut it into "
+            "tiles or, if it is no scene of that size, copy or export the file again"
+        )
+    unpacker = UNPACKERS.get(int(page.compression))
+    most = 2 * page.nbytes + 2**24  # bytes; the last strip or tile may reach beyond the image
+    for offset, count in zip(page.dataoffsets, page.databytecounts) if unpacker else ():
+        if count > HARMLESS_BYTES:
+            page.parent.filehandle.seek(offset)
+            if len(unpacker().decompress(page.parent.filehandle.read(count), most + 1)) > most:
+                raise TileError(
+                    f"{path}: unpacks to more than its {width} x {height} px; copy or export the file again"
+                )
 
 
 def decode_page(page: tifffile.TiffPage, path: Path) -> np.ndarray:
@@ -231,8 +289,8 @@ def parse_nodata(tag: Optional[tifffile.TiffTag]) -> Optional[float]:
 
 
 def read_raster(path: PathLike) -> np.ndarray:
-    """Return one band as stored, (H, W) float32, NaN where nodata: 0, the declared nodata value, NaN and
-    infinities.
+    """Return one band as stored, (H, W) float32, NaN where nodata: 0, the declared nodata value, NaN,
+    infinities and other numbers too large for a measurement.
 
     Landsat values are unsigned: negative int16 values are those above 32767 of a file that was cast to int16.
 
@@ -251,6 +309,8 @@ def read_raster(path: PathLike) -> np.ndarray:
             "(H, W) of integers or floats; split the bands into their own files"
         )
     nodata = (pixels == 0) | ~np.isfinite(pixels)
+    if pixels.dtype.itemsize >= 4:
+        nodata |= (pixels > LARGEST_VALUE) | (pixels < -LARGEST_VALUE)
     if declared is not None:
         nodata |= pixels == declared
     if pixels.dtype.kind == "i":
@@ -295,7 +355,7 @@ def readable_shape(files: TileFiles) -> Tuple[int, int]:
     for path in filter(None, files.paths):
         try:
             return read_raster(path).shape
-        except TileError:
+        except (TileError, MemoryError):
             continue
     return DEFAULT_SHAPE
 
@@ -329,6 +389,22 @@ def normalize(image: np.ndarray, normalization: Mapping[str, List[float]]) -> np
     std = np.asarray(normalization["std"], np.float32)
     scaled = np.nan_to_num((image - mean) / std, nan=0.0)
     return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """Return a float32 array as a tensor on the same memory, by the buffer protocol.
+
+    `torch.from_numpy` and `Tensor.numpy` fail where torch < 2.3 meets numpy >= 2 ("Numpy is not available").
+    """
+    array = np.ascontiguousarray(array, np.float32)
+    return torch.frombuffer(array, dtype=torch.float32).reshape(array.shape)
+
+
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """Return a copy of a tensor of any device as a float32 array, by the buffer protocol."""
+    array = np.empty(tuple(tensor.shape), np.float32)
+    torch.frombuffer(array, dtype=torch.float32).copy_(tensor.reshape(-1))
+    return array
 
 
 def implausible_units(image: np.ndarray) -> Optional[str]:
@@ -445,9 +521,23 @@ def fold_batchnorm(network: nn.Module) -> int:
     merged = {id(batchnorm) for _, batchnorm in pairs}
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if id(child) in merged:
-                setattr(module, name, nn.Identity())
+            if id(child) in merged:  # timm's BatchNormAct2d also holds what follows it: dropout, activation
+                rest = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+                setattr(module, name, nn.Sequential(*rest))
     return len(pairs)
+
+
+def without_batchnorm(network: nn.Module, source: str) -> nn.Module:
+    """Return a copy with merged BatchNorms; the network itself, and a warning, where its answers differ."""
+    merged = copy.deepcopy(network.eval())
+    fold_batchnorm(merged)
+    x = torch.randn(1, len(BANDS), 2 * STRIDE, 2 * STRIDE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = network(x), merged(x)
+    if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        return merged
+    warn(f"{source}: merging its BatchNorms would change its answers; it runs without, and more slowly")
+    return network
 
 
 # --- Weights --------------------------------------------------------------------------------------
@@ -464,19 +554,27 @@ class Member(NamedTuple):
 class Postprocess(NamedTuple):
     """Which steps follow the forward passes; `model.pth` stores what out-of-fold MCC decided."""
 
-    views: int = 6  # the first so many of VIEWS
     extent_bias: float = 0.0  # added to the log-odds of glacier of either kind
     crf: Optional[Mapping[str, float]] = None  # the arguments of refine_with_crf, None to skip it
     min_speck: int = 100  # px, smaller patches of a glacier or lake class go to what surrounds them
     min_hole: int = 50  # px, smaller gaps in them are filled
 
 
+class Pass(NamedTuple):
+    """One forward pass over an image: the number of a member and of one of VIEWS."""
+
+    member: int
+    view: int
+
+
 class Model(NamedTuple):
     """All that prediction needs, as read from `model.pth`."""
 
     members: Tuple[Member, ...]
+    passes: Tuple[Pass, ...]  # the most useful first: where time is short, the last are left out
     class_bias: Tuple[float, ...]  # added to the log-probability of each class within its group
     postprocess: Postprocess
+    time_budget: float  # seconds that a run may take, infinite where it may take any
     device: torch.device
 
 
@@ -488,7 +586,7 @@ def find_weights(given: Optional[PathLike] = None) -> Path:
         InputError: there is none; it lists where it was looked for.
     """
     if given is not None:
-        if Path(given).is_file():
+        if os.path.isfile(given):
             return Path(given)
         raise InputError(
             f"{given}: no such weights file; train one with `make train-all` or leave the argument out"
@@ -526,7 +624,7 @@ def read_model_file(path: PathLike) -> Dict:
         raise InputError(
             f"{path}: format {found!r}, expected {MODEL_FORMAT!r}; pack it with `python -m train pack`"
         )
-    absent = [key for key in ("members", "class_bias", "postprocess") if not content.get(key)]
+    absent = [key for key in ("members", "passes", "class_bias", "postprocess") if not content.get(key)]
     if absent:
         raise InputError(f"{path}: no {', '.join(absent)} in it; pack it again with `python -m train pack`")
     return content
@@ -565,24 +663,33 @@ def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
     """Return one member of a model file, ready for inference on `device`."""
     network = build_network(stored["arch"])
     load_state(network, stored["state_dict"], source)
-    fold_batchnorm(network)
-    network.requires_grad_(False)
+    network = without_batchnorm(network, source).requires_grad_(False)
     return Member(network.to(device), float(stored["weight"]), stored["normalization"])
 
 
-def check_settings(members: Sequence[Member], class_bias: Sequence[float], postprocess: Postprocess) -> None:
-    """Raise ValueError where settings would fail at every tile: lists of a wrong length, CRF arguments."""
-    lengths = {"class_bias": (len(class_bias), len(CLASS_NAMES))}
-    for number, member in enumerate(members):
+def check_settings(model: Model) -> None:
+    """Raise ValueError where settings would fail at every tile: unknown passes, lists of a wrong length, CRF
+    arguments, a time budget that is none."""
+    members, views = range(len(model.members)), range(len(VIEWS))
+    unknown = [tuple(p) for p in model.passes if p.member not in members or p.view not in views]
+    if unknown or len(set(model.passes)) < len(model.passes):
+        raise ValueError(
+            f"passes: {unknown or 'some occur twice'}, expected different pairs of one of "
+            f"{len(model.members)} members and one of {len(VIEWS)} views, both counted from 0"
+        )
+    if not model.time_budget > 0:
+        raise ValueError(f"time_budget: {model.time_budget}, expected seconds > 0 or null")
+    lengths = {"class_bias": (len(model.class_bias), len(CLASS_NAMES))}
+    for number, member in enumerate(model.members):
         for key in ("mean", "std"):
             found = len(member.normalization[key])
             lengths[f"{key} in normalization of member {number}"] = (found, len(BANDS))
     wrong = [f"{found} values in {name}, expected {n}" for name, (found, n) in lengths.items() if found != n]
     if wrong:
         raise ValueError("; ".join(wrong))
-    if postprocess.crf:
+    if model.postprocess.crf:
         try:
-            inspect.signature(refine_with_crf).bind(None, None, None, **postprocess.crf)
+            inspect.signature(refine_with_crf).bind(None, None, None, **model.postprocess.crf)
         except TypeError as error:
             raise ValueError(f"crf: {error}") from error
 
@@ -600,15 +707,20 @@ def load_model(path: PathLike) -> Model:
             load_member(stored, f"{path}, member {number}", device)
             for number, stored in enumerate(content["members"])
         )
-        postprocess = Postprocess(**content["postprocess"])
-        check_settings(members, content["class_bias"], postprocess)
+        model = Model(
+            members,
+            tuple(Pass(*map(int, pair)) for pair in content["passes"]),
+            tuple(content["class_bias"]),
+            Postprocess(**content["postprocess"]),
+            float(content.get("time_budget") or math.inf),
+            device,
+        )
+        check_settings(model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: {type(error).__name__}: {error}; pack it again with `python -m train pack`"
         ) from error
-    if postprocess.crf and densecrf is None:
-        warn("pydensecrf cannot be imported: masks are written without the CRF that the weights ask for")
-    return Model(members, tuple(content["class_bias"]), postprocess, device)
+    return model
 
 
 # --- Passes ---------------------------------------------------------------------------------------
@@ -655,18 +767,52 @@ def forward_probabilities(network: nn.Module, x: torch.Tensor, view: View) -> to
     return view.inverse(torch.softmax(network(view.forward(x)), dim=1))
 
 
-def ensemble_probabilities(model: Model, image: np.ndarray, views: Sequence[View]) -> np.ndarray:
-    """Return the weighted mean of class probabilities over members and views, (4, H, W) float32."""
-    height, width = image.shape[:2]
+class Ensemble(NamedTuple):
+    """Mean class probabilities (4, H, W) float32 of an image, and how many passes they are the mean of."""
+
+    probs: np.ndarray
+    passes: int
+
+
+def running_sums(model: Model, image: np.ndarray, passes: Sequence[Pass]) -> Iterator[torch.Tensor]:
+    """Yield, after each pass, the weighted sum of class probabilities (1, 4, H', W') of all passes so far.
+
+    H' and W' are those of `image` (H, W, 5), padded to multiples of STRIDE.
+    """
+    inputs: Dict[int, torch.Tensor] = {}  # of each member: their normalisation may differ
     total = torch.zeros(1, len(CLASS_NAMES), 1, 1, device=model.device)
-    with torch.inference_mode():
-        for member in model.members:
-            x = torch.from_numpy(normalize(image, member.normalization))[None].to(model.device)
-            x = pad_to_multiple(x)
-            for view in views:
-                total = total + member.weight * forward_probabilities(member.network, x, view)
-    total = total / total.sum(dim=1, keepdim=True)
-    return total[0, :, :height, :width].cpu().numpy()
+    for number, view in passes:
+        member = model.members[number]
+        if number not in inputs:
+            x = to_tensor(normalize(image, member.normalization))[None].to(model.device)
+            inputs[number] = pad_to_multiple(x)
+        with torch.inference_mode():
+            probs = forward_probabilities(member.network, inputs[number], VIEWS[view])
+            total = total + member.weight * probs
+        yield total
+
+
+def ensemble_probabilities(
+    model: Model, image: np.ndarray, passes: Sequence[Pass], until: float = math.inf
+) -> Ensemble:
+    """Return the weighted mean of class probabilities over passes.
+
+    Args:
+        model: its members.
+        image: (H, W, 5) physical units, NaN where nodata.
+        passes: which to make, in this order, at least one.
+        until: time of `time.perf_counter` after which none should end. The first is always made; a further
+            one is where the slowest so far would fit.
+    """
+    height, width = image.shape[:2]
+    made, slowest, before = 0, 0.0, time.perf_counter()
+    for total in running_sums(model, image, passes):
+        latest, now = total, time.perf_counter()
+        made, slowest, before = made + 1, max(slowest, now - before), now
+        if now + slowest > until:
+            break
+    probs = to_array(latest[0, :, :height, :width])
+    return Ensemble(probs / probs.sum(axis=0, keepdims=True), made)
 
 
 def apply_bias(probs: np.ndarray, class_bias: Sequence[float], extent_bias: float) -> np.ndarray:
@@ -692,26 +838,27 @@ def decide_classes(probs: np.ndarray) -> np.ndarray:
     First glacier of either kind or not, then which: three tenths of clean ice and three of debris outweigh
     four tenths of other, which a plain argmax would choose.
     """
-    glacier = probs[list(GLACIER_GROUP)].sum(axis=0) > probs[list(REST_GROUP)].sum(axis=0)
-    kind, other = (
-        np.asarray(group, np.uint8)[probs[list(group)].argmax(axis=0)]
-        for group in (GLACIER_GROUP, REST_GROUP)
-    )
-    return np.where(glacier, kind, other)
+    glacier, rest = (probs[first] + probs[second] for first, second in (GLACIER_GROUP, REST_GROUP))
+    return np.where(glacier > rest, likelier(probs, *GLACIER_GROUP), likelier(probs, *REST_GROUP))
 
 
-def predict_window(model: Model, image: np.ndarray) -> np.ndarray:
-    """Return the class probabilities (4, H, W) float32 of an image (H, W, 5) small enough for one pass."""
+def likelier(probs: np.ndarray, first: int, second: int) -> np.ndarray:
+    """Return the likelier of two classes, (H, W) uint8, without the large array that an argmax makes."""
+    return np.where(probs[second] > probs[first], np.uint8(second), np.uint8(first))
+
+
+def predict_window(model: Model, image: np.ndarray, until: float = math.inf) -> Ensemble:
+    """Return the class probabilities of an image (H, W, 5) small enough for one pass."""
     if not valid_mask(image).any():  # nothing was seen: certain background, without a forward pass
         certain = np.zeros((len(CLASS_NAMES),) + image.shape[:2], np.float32)
         certain[0] = 1
-        return certain
-    probs = ensemble_probabilities(model, image, VIEWS[: model.postprocess.views])
-    probs = apply_bias(probs, model.class_bias, model.postprocess.extent_bias)
-    if model.postprocess.crf and densecrf is not None:
+        return Ensemble(certain, len(model.passes))
+    ensemble = ensemble_probabilities(model, image, model.passes, until)
+    probs = apply_bias(ensemble.probs, model.class_bias, model.postprocess.extent_bias)
+    if model.postprocess.crf:
         features = normalize(image, model.members[0].normalization)
-        probs = refine_with_crf(probs, features, valid_mask(image), **model.postprocess.crf)
-    return probs
+        probs = apply_crf(probs, features, valid_mask(image), model.postprocess.crf)
+    return ensemble._replace(probs=probs)
 
 
 def window_starts(length: int) -> List[int]:
@@ -730,24 +877,44 @@ def blend_weights(height: int, width: int) -> np.ndarray:
     return ramp(height)[:, None] * ramp(width)[None, :]
 
 
-def predict_scene(model: Model, image: np.ndarray) -> np.ndarray:
-    """Return blended scores (4, H, W) float32 of a large image from overlapping windows."""
+def predict_scene(model: Model, image: np.ndarray, until: float = math.inf) -> Ensemble:
+    """Return blended scores (4, H, W) float32 of a large image from overlapping windows.
+
+    Every window gets an equal part of the time that is left; the passes are those of the window with fewest.
+    """
     height, width = image.shape[:2]
     total = np.zeros((len(CLASS_NAMES), height, width), np.float32)
-    for top in window_starts(height):
-        for left in window_starts(width):
-            window = np.s_[top : top + WINDOW, left : left + WINDOW]
-            probs = predict_window(model, image[window])
-            total[(slice(None),) + window] += probs * blend_weights(*probs.shape[1:])
-    return total  # the scale of a pixel's weights does not matter to what follows: only their order does
+    corners = [(top, left) for top in window_starts(height) for left in window_starts(width)]
+    fewest = len(model.passes)
+    for done, (top, left) in enumerate(corners):
+        window = np.s_[top : top + WINDOW, left : left + WINDOW]
+        ensemble = predict_window(model, image[window], share_of_time(until, 1 / (len(corners) - done)))
+        total[(slice(None),) + window] += ensemble.probs * blend_weights(*ensemble.probs.shape[1:])
+        fewest = min(fewest, ensemble.passes)
+    return Ensemble(total, fewest)  # the scale of a pixel's weights does not matter: only their order does
 
 
-def predict_classes(model: Model, image: np.ndarray) -> np.ndarray:
-    """Return the class index of each pixel, (H, W) uint8, for a tile or scene (H, W, 5) in physical units."""
+def share_of_time(until: float, part: float) -> float:
+    """Return the time at which `part` of the time from now to `until` will have passed."""
+    now = time.perf_counter()
+    return now + (until - now) * part
+
+
+class Prediction(NamedTuple):
+    """Class indices (H, W) uint8, and how many passes they rest on."""
+
+    classes: np.ndarray
+    passes: int
+
+
+def predict_classes(model: Model, image: np.ndarray, until: float = math.inf) -> Prediction:
+    """Return the classes of a tile or scene (H, W, 5) in physical units, NaN where nodata."""
     fits = max(image.shape[:2]) <= LARGEST_TILE
-    probs = predict_window(model, image) if fits else predict_scene(model, image)
-    return clean_classes(
-        decide_classes(probs), valid_mask(image), model.postprocess.min_speck, model.postprocess.min_hole
+    ensemble = (predict_window if fits else predict_scene)(model, image, until)
+    steps = model.postprocess
+    classes = decide_classes(ensemble.probs)
+    return Prediction(
+        clean_classes(classes, valid_mask(image), steps.min_speck, steps.min_hole), ensemble.passes
     )
 
 
@@ -792,6 +959,76 @@ def refine_with_crf(
     refined = probs.copy()
     refined[:, valid] = np.asarray(field.inference(int(iterations)))
     return refined
+
+
+def gaussian_kernel(points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the map of values (C, N) to sum_j k_ij / sqrt(n_i n_j) values_j, with k a Gaussian of deviation
+    1 in the distance of `points`, (N, D), n_i = sum_j k_ij, on a permutohedral lattice (Adams et al. 2010).
+
+    Values go to the corners of a point's simplex, spread to the next corners along each axis, and come back.
+    A corner is D + 1 integers up to adding 1 to all; its code is their product with `steps`, which sum to 0.
+    """
+    i = torch.arange(1.0, points.shape[1] + 1)
+    basis = torch.ones(len(i), len(i) + 1).tril() - nn.functional.pad(torch.diag(i), (1, 0))
+    elevated = points * torch.sqrt(2 / 3 / (i * (i + 1))) @ basis
+    part, order = (elevated - elevated.floor()).sort(dim=1, descending=True)
+    shares = torch.cat([1 - part[:, :1] + part[:, -1:], part[:, :-1] - part[:, 1:]], dim=1)
+    steps = torch.randint(2**48, basis.shape[1:], generator=torch.Generator().manual_seed(0))
+    steps[-1] -= steps.sum()
+    codes = torch.cat([(elevated.floor().long() @ steps)[:, None], steps.take(order[:, :-1])], dim=1)
+    codes, place = codes.cumsum(dim=1).flatten().sort()
+    codes, corner, sizes = codes.unique_consecutive(return_inverse=True, return_counts=True)
+    corners = torch.empty_like(corner).scatter_(0, place, corner).view_as(order)
+    starts = nn.functional.pad(sizes.cumsum(0), (1, 0))  # one more than corners: it takes in nothing, and is
+    spread = torch.full((len(steps), len(starts), 2), len(codes))  # the neighbour of those that lack one
+    for neighbours, step in zip(spread, steps):
+        after = torch.searchsorted(codes, codes + step).clamp(max=len(codes) - 1)
+        before = (codes[after] == codes + step).nonzero()[:, 0]
+        neighbours[before, 0], neighbours[after[before], 1] = after[before], before
+    sources, source_shares = place // len(steps), shares.take(place)
+    gather = partial(nn.functional.embedding_bag, mode="sum")
+
+    def filtered(values: torch.Tensor) -> torch.Tensor:
+        at_corners = gather(sources, values.T.contiguous(), starts, per_sample_weights=source_shares)
+        for neighbours in spread:
+            at_corners = 2 * at_corners + gather(neighbours, at_corners)
+        return gather(corners, at_corners, per_sample_weights=shares).T
+
+    scale = filtered(torch.ones(1, len(points))).rsqrt()
+    return lambda values: scale * filtered(scale * values)
+
+
+def refine_with_torch_crf(
+    probs: np.ndarray,
+    features: np.ndarray,
+    valid: np.ndarray,
+    smooth_px: float,
+    smooth_weight: float,
+    bilateral_px: float,
+    bilateral_std: float,
+    bilateral_weight: float,
+    iterations: float,
+) -> np.ndarray:
+    """Return what refine_with_crf does, of the same arguments, where pydensecrf is absent."""
+    refined = probs.copy()
+    if valid.any():
+        at, bands = to_tensor(np.argwhere(valid)), to_tensor(features[:, valid].T) / bilateral_std
+        pairs = (smooth_weight, at / smooth_px), (bilateral_weight, torch.cat([at / bilateral_px, bands], 1))
+        kernels = [(weight, gaussian_kernel(points)) for weight, points in pairs if weight]
+        evidence = to_tensor(probs[:, valid]).clamp(1e-5, 1).log()
+        current = evidence.softmax(dim=0)
+        for _ in range(int(iterations)):
+            current = (evidence + sum(weight * kernel(current) for weight, kernel in kernels)).softmax(dim=0)
+        refined[:, valid] = to_array(current)
+    return refined
+
+
+def apply_crf(
+    probs: np.ndarray, features: np.ndarray, valid: np.ndarray, settings: Mapping[str, float]
+) -> np.ndarray:
+    """Return refined probabilities, by pydensecrf where it is installed; `settings` for refine_with_crf."""
+    refine = refine_with_crf if densecrf is not None else refine_with_torch_crf
+    return refine(probs, features, valid, **settings)
 
 
 def absorb_small_patches(classes: np.ndarray, valid: np.ndarray, of_class: int, min_size: int) -> None:
@@ -840,11 +1077,13 @@ def to_mask(classes: np.ndarray) -> np.ndarray:
 # --- Writing --------------------------------------------------------------------------------------
 
 Writer = Callable[[TileFiles, np.ndarray], None]
+PARTIAL_PREFIX = ".mask-"  # and no name of a tile, which may be as long as names can be
+ABANDONED_SECONDS = 60.0  # no mask takes so long to write
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` so that `path` appears whole or not at all, whenever the run is killed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL_PREFIX, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -876,6 +1115,16 @@ def tiff_writer(folder: Path) -> Writer:
     return write
 
 
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed runs left unfinished in `folder`, but nothing that another run is writing now."""
+    for path in folder.glob(f"{PARTIAL_PREFIX}*.part"):
+        try:
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+        except FileNotFoundError:  # that other run has renamed it
+            continue
+
+
 def prepare_output(folder: PathLike, data: DataSource) -> Path:
     """Return `folder`, made where it is absent.
 
@@ -888,11 +1137,12 @@ def prepare_output(folder: PathLike, data: DataSource) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        remove_abandoned(folder)
     except OSError as error:
         raise InputError(
             f"{folder}: cannot write masks there ({error.strerror}); name a writable folder"
         ) from error
-    if any(band.is_dir() and band.samefile(folder) for band in band_folders(data).values()):
+    if any(os.path.isdir(band) and band.samefile(folder) for band in band_folders(data).values()):
         raise InputError(
             f"{folder}: is an input folder, whose files masks would overwrite; name another output folder"
         )
@@ -903,17 +1153,21 @@ def prepare_output(folder: PathLike, data: DataSource) -> Path:
 
 
 class TileResult(NamedTuple):
-    """The mask of one tile, uint8 (H, W); `fault` says why it is plain background, None if all went well."""
+    """The mask of one tile, uint8 (H, W), how many passes it rests on and how long it took; `fault` says why
+    it is plain background, None if all went well."""
 
     tile: TileFiles
     mask: np.ndarray
+    passes: int
+    seconds: float
     fault: Optional[str]
 
 
 class Summary(NamedTuple):
-    """What a run did."""
+    """What a run did, by tile id: the masks, how many passes each rests on, and what went wrong."""
 
     masks: Dict[str, np.ndarray]
+    passes: Dict[str, int]
     faults: Dict[str, str]
 
 
@@ -921,7 +1175,7 @@ def usable_cores() -> int:
     """Return how many cores to use: the least of OMP_NUM_THREADS, CPU affinity and cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores, cpu_quota(), int(asked) if asked.isdigit() else cores))
+    return max(1, min(cores, cpu_quota(), int(asked) if asked.isdecimal() else cores))
 
 
 def cpu_quota() -> float:
@@ -938,19 +1192,164 @@ def cpu_quota() -> float:
         return float("inf")
 
 
-def segment_tile(model: Model, tile: TileFiles) -> TileResult:
+def prepare_torch(threads: int) -> None:
+    """Set what makes a CPU fast: the number of threads, and no denormal numbers, of which trained networks
+    have many and which cost several times the time of others."""
+    np.finfo(np.float32)  # NumPy finds its limits on first use, and warns where denormals are flushed by then
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
+def best_seconds(network: nn.Module, x: torch.Tensor) -> float:
+    """Return the shorter time of two forward passes, after one that does not count."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(3):
+            started = time.perf_counter()
+            network(x)
+            times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def set_fastest_threads(network: nn.Module, x: torch.Tensor) -> None:
+    """Double the threads, up to the usable cores, for as long as a pass gets faster by it.
+
+    Cores that others keep busy make a pass slower than on one thread, and no setting of the machine tells.
+    """
+    most = usable_cores()
+    fastest, chosen = math.inf, 1
+    for threads in sorted({min(2**n, most) for n in range(most.bit_length() + 1)}):
+        torch.set_num_threads(threads)
+        seconds = best_seconds(network, x)
+        if seconds > 0.95 * fastest:
+            break
+        fastest, chosen = seconds, threads
+    torch.set_num_threads(chosen)
+
+
+def in_fastest_form(model: Model) -> Model:
+    """Set the number of threads and return the model in the memory format in which a pass is fastest here.
+
+    Networks and processors differ in which it is. A form whose probabilities differ is not taken.
+    """
+    x = torch.zeros(1, len(BANDS), WINDOW, WINDOW)
+    plain = model.members[0].network
+    set_fastest_threads(plain, x)
+    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        same = torch.allclose(plain(x).softmax(1), other(x).softmax(1), atol=1e-4)
+    if same and best_seconds(other, x) < best_seconds(plain, x):
+        for member in model.members:
+            member.network.to(memory_format=torch.channels_last)
+    return model
+
+
+def read_ahead(
+    tiles: Sequence[TileFiles], read: Callable[[TileFiles], np.ndarray]
+) -> Iterator[Tuple[TileFiles, "Future[np.ndarray]"]]:
+    """Yield each tile and its image, which was read while the tile before it was segmented."""
+    with ThreadPoolExecutor(1) as pool:
+        readings = [pool.submit(read, tile) for tile in tiles[:1]]
+        for index, tile in enumerate(tiles):
+            readings += [pool.submit(read, following) for following in tiles[index + 1 : index + 2]]
+            yield tile, readings.pop(0)
+
+
+def failed(tile: TileFiles, fault: str) -> TileResult:
+    """Return the background mask of a tile that could not be segmented."""
+    return TileResult(tile, np.zeros(readable_shape(tile), np.uint8), 0, 0.0, fault)
+
+
+def segment_tile(
+    model: Model, tile: TileFiles, reading: "Future[np.ndarray]", until: float = math.inf
+) -> TileResult:
     """Return a tile's mask; a tile that cannot be segmented gets a background mask and the reason."""
+    started = time.perf_counter()
     try:
-        image = read_tile(tile)
-        doubt = implausible_units(image)
-        if doubt:
-            warn(f"tile {tile.tile_id} ({tile.name}): {doubt}")
-        return TileResult(tile, to_mask(predict_classes(model, image)), None)
+        image = reading.result()
+        prediction = predict_classes(model, image, until)
+        seconds = time.perf_counter() - started
+        return TileResult(tile, to_mask(prediction.classes), prediction.passes, seconds, None)
     except TileError as error:
-        fault = str(error)
-    except (RuntimeError, MemoryError, ValueError) as error:  # one tile must not cost the others their masks
-        fault = f"tile {tile.tile_id} ({tile.name}): {type(error).__name__}: {error}"
-    return TileResult(tile, np.zeros(readable_shape(tile), np.uint8), fault)
+        return failed(tile, str(error))
+    except (RuntimeError, MemoryError, ValueError, cv2.error) as error:  # one tile must not cost the others
+        return failed(tile, f"tile {tile.tile_id} ({tile.name}): {type(error).__name__}: {error}")
+
+
+def read_checked(tile: TileFiles) -> np.ndarray:
+    """Return what `read_tile` does, with a warning where the values can hardly be what they should."""
+    image = read_tile(tile)
+    doubt = implausible_units(image)
+    if doubt:
+        warn(f"tile {tile.tile_id} ({tile.name}): {doubt}")
+    return image
+
+
+def segment_fully(model: Model, tiles: Sequence[TileFiles]) -> Iterator[TileResult]:
+    """Yield the result of every tile after all passes."""
+    for tile, reading in read_ahead(tiles, read_checked):
+        yield segment_tile(model, tile, reading)
+
+
+def first_pass_only(model: Model) -> Model:
+    """Return the model with the least work that gives a mask."""
+    return model._replace(passes=model.passes[:1], postprocess=model.postprocess._replace(crf=None))
+
+
+def segment_quickly(model: Model, tiles: Sequence[TileFiles], last_start: float) -> Iterator[TileResult]:
+    """Yield the result of every tile after one pass; what is not begun by `last_start` is background."""
+    quick = first_pass_only(model)
+    for tile, reading in read_ahead(tiles, read_checked):
+        if time.perf_counter() < last_start:
+            yield segment_tile(quick, tile, reading)
+        else:
+            yield failed(tile, f"tile {tile.tile_id}: the time budget was used up; allow more seconds")
+
+
+def segment_further(
+    model: Model, tiles: Sequence[TileFiles], seconds: Mapping[str, float], deadline: float
+) -> Iterator[TileResult]:
+    """Yield results of more passes, as many as fit into each tile's share of the time that is left.
+
+    A tile whose share does not reach for two passes is left out, and keeps its mask of one.
+
+    Args:
+        model: with all passes.
+        tiles: those that have a mask of one pass.
+        seconds: how long that took, by tile id; the shares are in proportion to it.
+        deadline: time of `time.perf_counter` at which all has to be done.
+    """
+    left = sum(seconds[tile.tile_id] for tile in tiles)
+    after_passes = 0.0  # the longest that a tile went on after the end of its share: CRF and cleaning
+    for tile, reading in read_ahead(tiles, read_tile):
+        quick = seconds[tile.tile_id]
+        until = share_of_time(deadline - after_passes, quick / left)
+        left -= quick
+        if until - time.perf_counter() < 2 * quick:
+            continue
+        result = segment_tile(model, tile, reading, until)
+        after_passes = max(after_passes, time.perf_counter() - until)
+        if result.fault:
+            warn(f"{result.fault}; its mask of one pass stays")
+        else:
+            yield result
+
+
+def segment_within(
+    model: Model, tiles: Sequence[TileFiles], deadline: float, last_start: float
+) -> Iterator[TileResult]:
+    """Yield results in time: of one pass for every tile, then of more for those that have time left.
+
+    `deadline` and `last_start`: as for `segment_further` and `segment_quickly`.
+    """
+    seconds: Dict[str, float] = {}
+    for result in with_progress(segment_quickly(model, tiles, last_start), len(tiles)):
+        if not result.fault:
+            seconds[result.tile.tile_id] = result.seconds
+        yield result
+    todo = [tile for tile in tiles if tile.tile_id in seconds]
+    if todo and first_pass_only(model) != model:
+        yield from with_progress(segment_further(model, todo, seconds, deadline), len(todo))
 
 
 def with_progress(results: Iterator[TileResult], total: int) -> Iterator[TileResult]:
@@ -961,7 +1360,7 @@ def with_progress(results: Iterator[TileResult], total: int) -> Iterator[TileRes
         bar.update()
         if bar.disable:
             left = (time.perf_counter() - started) / done * (total - done)
-            outcome = "background (failed)" if result.fault else "mask"
+            outcome = "background (failed)" if result.fault else f"mask, passes: {result.passes}"
             print(
                 f"[{done}/{total}] {result.tile.name}: {outcome}, {left:.0f} s left",
                 file=sys.stderr,
@@ -977,33 +1376,109 @@ def save_mask(write: Writer, result: TileResult) -> Optional[str]:
     """Write a mask; return why that failed, else None: one tile must not cost the others their masks."""
     try:
         write(result.tile, result.mask)
-    except OSError as error:
+    except (OSError, ValueError, cv2.error) as error:
         fault = f"the mask of {result.tile.name} cannot be written ({error}); make room or free the name"
         tqdm.write(f"error: {fault}", file=sys.stderr)
         return fault
     return None
 
 
-def segment_folder(data: DataSource, weights: Optional[PathLike], write: Optional[Writer]) -> Summary:
-    """Segment all tiles of `data`, hand each mask to `write` as soon as it is ready, and return them all.
+def collect(results: Iterator[TileResult], write: Optional[Writer], keep_masks: bool = True) -> Summary:
+    """Return a summary of `results`; each mask is written while the next tile is segmented."""
+    summary = Summary({}, {}, {})
+    saving: Dict[str, "Future[Optional[str]]"] = {}
+    with ThreadPoolExecutor(1) as pool:
+        for result in results:
+            identifier = result.tile.tile_id
+            if keep_masks:
+                summary.masks[identifier] = result.mask
+            summary.passes[identifier] = result.passes
+            if result.fault:
+                summary.faults[identifier] = result.fault
+            if write:
+                saving[identifier] = pool.submit(save_mask, write, result)
+    for identifier, saved in saving.items():
+        if saved.result():
+            summary.faults.setdefault(identifier, saved.result())
+    return summary
+
+
+class TimeBudget(NamedTuple):
+    """Seconds that a run may take.
+
+    A binding budget is kept even where tiles are left without any pass. One that nobody asked for may be
+    exceeded by the first passes, so that thousands of tiles still get their masks.
+    """
+
+    seconds: float
+    binding: bool
+
+
+def choose_budget(given: Optional[str], stored: float) -> TimeBudget:
+    """Return the time budget: `given`, else the environment's, else the one stored with the weights.
 
     Raises:
-        InputError: no tiles or no weights; nothing is written then.
+        InputError: it is no number of seconds above 0.
     """
-    started = time.perf_counter()
+    asked = os.environ.get(TIME_BUDGET_VARIABLE) if given is None else given
+    if not asked:
+        return TimeBudget(stored, binding=False)
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InputError(f"time budget {asked!r}: expected seconds above 0, or inf for no limit")
+    return TimeBudget(seconds, binding=True)
+
+
+def segment_folder(
+    data: DataSource,
+    weights: Optional[PathLike],
+    write: Optional[Writer],
+    time_budget: Optional[str] = None,
+    started: Optional[float] = None,
+    keep_masks: bool = True,
+) -> Summary:
+    """Segment all tiles of `data`, hand each mask to `write` as soon as it is ready, and return them all.
+
+    Args:
+        data: the tiles.
+        weights: the model file, None to look for it.
+        write: writes a mask, None to write none.
+        time_budget: see `choose_budget`.
+        started: time of `time.perf_counter` from which the budget counts, None for now.
+        keep_masks: whether they are in the summary; those of thousands of tiles need gigabytes.
+
+    Raises:
+        InputError: no tiles, no weights, or a time budget that is none; nothing is written then.
+    """
+    started = time.perf_counter() if started is None else started
     tiles = find_tiles(data)
-    torch.set_num_threads(usable_cores())
-    torch.set_flush_denormal(True)  # trained networks slow down several-fold on the CPU without it
+    prepare_torch(1)  # loading runs networks on a few pixels, where more threads only wait for each other
     model = load_model(find_weights(weights))
-    summary = Summary({}, {})
-    for result in with_progress((segment_tile(model, tile) for tile in tiles), len(tiles)):
-        summary.masks[result.tile.tile_id] = result.mask
-        unsaved = save_mask(write, result) if write else None
-        if result.fault or unsaved:
-            summary.faults[result.tile.tile_id] = result.fault or unsaved
-    seconds = (time.perf_counter() - started) / len(tiles)
-    print(f"{len(tiles)} tiles, {len(summary.faults)} failed, {seconds:.2f} s a tile", file=sys.stderr)
+    torch.set_num_threads(usable_cores())
+    budget = choose_budget(time_budget, model.time_budget)
+    if model.device.type == "cpu" and len(tiles) * len(model.passes) >= WORTH_TIMING:
+        model = in_fastest_form(model)
+    if math.isinf(budget.seconds):
+        results = with_progress(segment_fully(model, tiles), len(tiles))
+    else:
+        deadline = started + budget.seconds - max(SPARE_SECONDS, SPARE_PART * budget.seconds)
+        results = segment_within(model, tiles, deadline, deadline if budget.binding else math.inf)
+    summary = collect(results, write, keep_masks)
+    print(closing_line(summary, model, time.perf_counter() - started), file=sys.stderr)
     return summary
+
+
+def closing_line(summary: Summary, model: Model, seconds: float) -> str:
+    """Return a run in one line: tiles, failures, seconds a tile, passes a tile."""
+    tiles, passes, most = len(summary.passes), sorted(summary.passes.values()), len(model.passes)
+    hint = "" if passes[-1] == most else " (--time-budget inf makes them all)"
+    return (
+        f"{tiles} tiles, {len(summary.faults)} failed, {seconds / tiles:.2f} s a tile, "
+        f"{passes[0]} to {passes[-1]} of {most} passes{hint}"
+    )
 
 
 # --- The doors ------------------------------------------------------------------------------------
@@ -1024,7 +1499,7 @@ def maskgeration(imagepath: DataSource, second: Optional[PathLike] = None) -> Di
     Raises:
         InputError: there are no tiles, or no intact weights.
     """
-    if second is None or Path(second).is_file() or Path(second).suffix == ".pth":
+    if not second or os.path.isfile(second) or Path(second).suffix == ".pth":
         return segment_folder(imagepath, platform_weights(second), None).masks
     beside_masks = Path(second) / MODEL_FILE
     try:
@@ -1037,8 +1512,8 @@ def maskgeration(imagepath: DataSource, second: Optional[PathLike] = None) -> Di
 
 def platform_weights(given: Optional[PathLike]) -> Optional[Path]:
     """Return `given` where it exists; else None, with a warning, so that other places are searched."""
-    if given is None or Path(given).is_file():
-        return Path(given) if given is not None else None
+    if not given or os.path.isfile(given):
+        return Path(given) if given else None
     warn(f"{given}: no such weights file; looking beside solution.py and in the working folder")
     return None
 
@@ -1058,6 +1533,12 @@ def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument(
         "--weights", help="model.pth; default: beside this file, in weights/, or in the working folder"
     )
+    parser.add_argument(
+        "--time-budget",
+        metavar="SECONDS",
+        help=f"end within so many seconds, inf for no limit; default: {TIME_BUDGET_VARIABLE}, else what the "
+        "weights say",
+    )
     parsed = parser.parse_args(arguments)
     positional, named = (parsed.in_dir, parsed.out_dir), (parsed.data, parsed.output)
     if all(positional) and not any(named):
@@ -1075,7 +1556,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     try:
         folder = prepare_output(args.output, args.data)
         writer = tiff_writer(folder) if args.named_as_band1 else png_writer(folder)
-        summary = segment_folder(args.data, args.weights, writer)
+        summary = segment_folder(args.data, args.weights, writer, args.time_budget, STARTED, keep_masks=False)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -84,6 +84,28 @@ def test_folding_batchnorm_keeps_the_logits(arch):
     assert (before - after).abs().max() < 1e-4 + rounding  # float32 rounds before and after folding
 
 
+def test_a_network_that_merging_would_change_runs_unmerged(capsys):
+    class ReadsTwice(nn.Module):
+        """Something other than the BatchNorm reads the convolution's output as well."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4)
+            self.norm.running_mean.fill_(3.0)
+
+        def forward(self, x):
+            features = self.conv(x)
+            return self.norm(features) + features
+
+    network = ReadsTwice()
+    assert solution.without_batchnorm(network, "member 0") is network
+    assert "member 0: merging its BatchNorms would change its answers" in capsys.readouterr().err
+    plain = random_network()
+    assert solution.without_batchnorm(plain, "member 0") is not plain
+    assert batchnorms(plain) > 10  # the argument is left alone
+    assert capsys.readouterr().err == ""
+
+
 def test_a_batchnorm_that_follows_no_convolution_stays():
     network = nn.Sequential(nn.BatchNorm2d(5), nn.Conv2d(5, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
     assert solution.fold_batchnorm(network) == 0
@@ -163,7 +185,7 @@ def break_member(key, value):
 
 
 CHANGES = {
-    "another format": (lambda c: c.update(format="other/2"), "format 'other/2', expected 'glacier-kit/1'"),
+    "another format": (lambda c: c.update(format="other/2"), "format 'other/2', expected 'glacier-kit/2'"),
     "no format": (lambda c: c.pop("format"), "format 'none'"),
     "no members": (lambda c: c.update(members=[]), "no members in it; pack it again"),
     "no class bias": (lambda c: c.pop("class_bias"), "no class_bias in it"),
@@ -243,7 +265,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(solution.InputError, match="model.pth: damaged or no weights file"):
         solution.load_model(path)
     torch.save(random_network().state_dict(), path)
-    with pytest.raises(solution.InputError, match="format 'none', expected 'glacier-kit/1'"):
+    with pytest.raises(solution.InputError, match="format 'none', expected 'glacier-kit/2'"):
         solution.load_model(path)
     torch.save([1, 2, 3], path)
     with pytest.raises(solution.InputError, match="format 'list'"):

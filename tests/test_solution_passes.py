@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support import NORMALIZATION, PLAIN, in_memory
+from support import NORMALIZATION, in_memory
 from torch import nn
 
 import solution
@@ -99,7 +99,7 @@ def test_views_are_what_their_names_say():
 def test_members_are_averaged_with_their_weights():
     image, networks = random_image(32, 64), (pixelwise(1), pixelwise(2))
     model = in_memory(*networks, weights=(1.0, 3.0))
-    probs = solution.ensemble_probabilities(model, image, solution.VIEWS)
+    probs = solution.ensemble_probabilities(model, image, model.passes).probs
     first, second = (softmax(answer(network, network_input(image))) for network in networks)
     np.testing.assert_allclose(probs, (first + 3 * second) / 4, atol=1e-5)
     assert probs.dtype == np.float32
@@ -108,8 +108,8 @@ def test_members_are_averaged_with_their_weights():
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_views_are_averaged(count):
     image, network = random_image(32, 64), local(3)
-    model = in_memory(network, postprocess=PLAIN._replace(views=count))
-    probs = solution.predict_window(model, image)
+    model = in_memory(network, views=count)
+    probs = solution.predict_window(model, image).probs
     x, there_and_back = network_input(image), list(NUMPY_VIEWS.values())[:count]
     expected = np.mean([back(softmax(answer(network, there(x)))) for there, back in there_and_back], axis=0)
     np.testing.assert_allclose(probs, expected, atol=1e-5)
@@ -122,7 +122,8 @@ def test_each_member_gets_its_own_statistics():
     other = {"mean": [0.1] * 5, "std": [2.0, 1.0, 1.0, 1.0, 50.0]}
     model = in_memory(network)._replace(members=(solution.Member(network, 1.0, other),))
     x = ((image - np.float32(other["mean"])) / np.float32(other["std"])).transpose(2, 0, 1)
-    np.testing.assert_allclose(solution.predict_window(model, image), softmax(answer(network, x)), atol=1e-5)
+    probs = solution.predict_window(model, image).probs
+    np.testing.assert_allclose(probs, softmax(answer(network, x)), atol=1e-5)
 
 
 def test_class_bias_moves_borders_within_a_group_only():
@@ -131,8 +132,10 @@ def test_class_bias_moves_borders_within_a_group_only():
     expected = [0.275, 0.225, 0.225, 0.275]
     np.testing.assert_allclose(solution.apply_bias(probs, bias, 0.0).ravel(), expected, rtol=1e-5)
     image = random_image(32, 32)
-    assert (solution.predict_classes(in_memory(Constant()), image) == 1).all()
-    assert (solution.predict_classes(in_memory(Constant(), class_bias=(0, 0, 1, 0)), image) == 2).all()
+    assert (solution.predict_classes(in_memory(Constant()), image).classes == 1).all()
+    assert (
+        solution.predict_classes(in_memory(Constant(), class_bias=(0, 0, 1, 0)), image).classes == 2
+    ).all()
 
 
 def test_extent_bias_is_added_to_the_log_odds_of_glacier():
@@ -180,18 +183,18 @@ def test_padding_reaches_the_next_multiple_of_32(height, width, padded):
 @pytest.mark.parametrize("size", [(1, 1), (33, 70), (31, 65), (20, 300)])
 def test_odd_sizes_come_back_as_they_were(size):
     image, network, seen = random_image(*size), pixelwise(4), Constant()
-    classes = solution.predict_classes(in_memory(network, postprocess=PLAIN._replace(views=6)), image)
+    classes = solution.predict_classes(in_memory(network, views=6), image).classes
     assert classes.shape == size and classes.dtype == np.uint8
     probs = softmax(answer(network, network_input(image)))
     np.testing.assert_array_equal(classes, solution.decide_classes(probs))
-    solution.predict_classes(in_memory(seen, postprocess=PLAIN._replace(views=6)), image)
+    solution.predict_classes(in_memory(seen, views=6), image)
     assert all(side % 32 == 0 for shape in seen.shapes for side in shape)
 
 
 def test_a_tile_without_any_value_is_background_without_a_pass():
     seen = Constant()
     image = np.full((40, 50, 5), np.nan, np.float32)
-    assert (solution.predict_classes(in_memory(seen), image) == 0).all()
+    assert (solution.predict_classes(in_memory(seen), image).classes == 0).all()
     assert seen.shapes == []
 
 
@@ -199,7 +202,7 @@ def test_nodata_is_background_and_pixels_with_a_missing_band_are_not():
     image = random_image(32, 32)
     image[:4] = np.nan
     image[10, 10, :4] = np.nan
-    classes = solution.predict_classes(in_memory(Constant()), image)
+    classes = solution.predict_classes(in_memory(Constant()), image).classes
     assert (classes[:4] == 0).all() and (classes[4:] == 1).all()
 
 
@@ -224,7 +227,7 @@ def test_blend_weights_rise_from_the_edges_and_are_never_zero():
 @pytest.mark.parametrize("size", [(1100, 300), (300, 1100), (1030, 1200)])
 def test_a_constant_answer_leaves_no_seams(size):
     seen = Constant()
-    scores = solution.predict_scene(in_memory(seen), random_image(*size))
+    scores = solution.predict_scene(in_memory(seen), random_image(*size)).probs
     shares = scores / scores.sum(axis=0)
     expected = softmax(seen.logits.numpy().reshape(4, 1, 1))
     np.testing.assert_allclose(shares, np.broadcast_to(expected, shares.shape), atol=1e-5)
@@ -235,7 +238,7 @@ def test_a_constant_answer_leaves_no_seams(size):
 def test_windows_of_a_pixelwise_network_equal_one_pass(size):
     image, network = random_image(*size), pixelwise(5)
     image[200:260, 100:180] = np.nan
-    classes = solution.predict_classes(in_memory(network), image)
+    classes = solution.predict_classes(in_memory(network), image).classes
     logits = answer(network, np.nan_to_num(network_input(image)))
     expected = np.where(np.isnan(image).all(axis=-1), 0, solution.decide_classes(softmax(logits)))
     top = np.sort(softmax(logits), axis=0)
@@ -250,12 +253,12 @@ def test_scenes_are_cut_into_windows_only_above_the_limit():
         (solution.LARGEST_TILE + 1, solution.WINDOW),
     ):
         seen = Constant()
-        assert (solution.predict_classes(in_memory(seen), random_image(size, 40)) == 1).all()
+        assert (solution.predict_classes(in_memory(seen), random_image(size, 40)).classes == 1).all()
         assert max(max(shape) for shape in seen.shapes) == most
 
 
 def test_a_window_without_values_does_not_touch_its_neighbours():
     image = random_image(1100, 200)
     image[:520] = np.nan
-    classes = solution.predict_classes(in_memory(Constant()), image)
+    classes = solution.predict_classes(in_memory(Constant()), image).classes
     assert (classes[:520] == 0).all() and (classes[520:] == 1).all()
