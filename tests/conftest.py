@@ -1,7 +1,12 @@
 """Fixtures for all tests: few threads, and the real training tiles where this machine has them."""
 
+import os
 import sys
 from pathlib import Path
+
+# Before torch is loaded, and for every process that a test starts: on busy cores threads wait for each
+# other, which makes small networks slower by orders of magnitude.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -1,12 +1,13 @@
 """Tiny models, band folders and submissions for the tests of solution.py."""
 
 import importlib.util
+import math
 import shutil
 import sys
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Mapping, Sequence
+from typing import Mapping, Optional, Sequence
 
 import numpy as np
 import tifffile
@@ -22,7 +23,7 @@ TINY_ARCH = {
     "args": {"encoder_name": "mobilenet_v2", "encoder_depth": 3, "decoder_channels": [32, 16, 16]},
 }
 NORMALIZATION = {"mean": [0.7, 0.7, 0.7, 0.05, 256.0], "std": [0.55, 0.55, 0.55, 0.08, 9.0]}
-PLAIN = solution.Postprocess(views=1, crf=None, min_speck=0, min_hole=0)
+PLAIN = solution.Postprocess(crf=None, min_speck=0, min_hole=0)
 NO_BIAS = (0.0, 0.0, 0.0, 0.0)
 CRF = {
     "smooth_px": 2.0,
@@ -76,13 +77,22 @@ def stored_member(arch: Mapping = TINY_ARCH, seed: int = 0, weight: float = 1.0)
     return {"arch": arch, "weight": weight, "normalization": NORMALIZATION, "state_dict": state}
 
 
+def passes_of(members: int, views: int) -> tuple[solution.Pass, ...]:
+    """Return all pairs of a member and one of the first so many views, view by view."""
+    return tuple(solution.Pass(member, view) for view in range(views) for member in range(members))
+
+
 def model_content(
     member_weights: Sequence[float] = (1.0,),
     postprocess: solution.Postprocess = PLAIN,
     class_bias: Sequence[float] = NO_BIAS,
+    views: int = 1,
+    time_budget: Optional[float] = None,
 ) -> dict:
     """Return the content of a model file with one tiny member for each of `member_weights`."""
     return {
+        "passes": [list(one) for one in passes_of(len(member_weights), views)],
+        "time_budget": time_budget,
         "format": solution.MODEL_FORMAT,
         "members": [stored_member(seed=seed, weight=weight) for seed, weight in enumerate(member_weights)],
         "class_bias": list(class_bias),
@@ -101,13 +111,15 @@ def in_memory(
     weights: Sequence[float] = (),
     postprocess: solution.Postprocess = PLAIN,
     class_bias: Sequence[float] = NO_BIAS,
+    views: int = 1,
 ) -> solution.Model:
-    """Return a model of these networks; their weights are 1 unless given."""
+    """Return a model of these networks in the first so many views; their weights are 1 unless given."""
     shares = weights or [1.0] * len(networks)
     members = tuple(
         solution.Member(network.eval(), weight, NORMALIZATION) for network, weight in zip(networks, shares)
     )
-    return solution.Model(members, tuple(class_bias), postprocess, torch.device("cpu"))
+    passes = passes_of(len(networks), views)
+    return solution.Model(members, passes, tuple(class_bias), postprocess, math.inf, torch.device("cpu"))
 
 
 # --- Tiles ----------------------------------------------------------------------------------------

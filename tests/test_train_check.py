@@ -10,7 +10,15 @@ import pytest
 import support
 import torch
 
-from train import check, submission
+from train import submission
+from train.check import check_case, check_submission
+from train.check.budget import Batch
+from train.check.callers import COMMAND_LINES, check_command_line, check_maskgeration
+from train.check.cases import lay_out_case
+from train.check.masks import judge_agreement
+from train.check.processes import CLOSED_PORT, Candidate, copy_submission, run_bare
+from train.check.verdict import CheckResult, format_results
+from train.check.weights import check_damaged_command, check_loading, check_size, make_damaged_weights
 
 # A whole submission without a network, so that its processes start at once. `model.pth` is text: the level of
 # the blue band above which a pixel is ice. Each sabotage below replaces one piece of it.
@@ -26,7 +34,7 @@ def read_model_file(path):
     text = pathlib.Path(path).read_text() if pathlib.Path(path).is_file() else "absent"
     if not text.startswith("level ") or not text.endswith(" end"):
         raise InputError("damaged weights")
-    keys = dict.fromkeys(["format", "members", "class_bias", "postprocess", "provenance"])
+    keys = dict.fromkeys(["format", "members", "passes", "class_bias", "postprocess", "provenance"])
     keys["members"] = [dict.fromkeys(["arch", "weight", "fold", "val_mcc", "normalization", "state_dict"])]
     keys["provenance"] = dict.fromkeys(["tiles", "scheme", "config", "versions"])
     return {**keys, "level": float(text.split()[1])}
@@ -178,10 +186,11 @@ def write_submission(folder: Path, code: str) -> tuple[Path, Path]:
     return folder / "solution.py", folder / "model.pth"
 
 
-def run_check(tmp_path: Path, code: str, tiles: Path | None) -> list[check.CheckResult]:
+def run_check(tmp_path: Path, code: str, tiles: Path | None) -> list[CheckResult]:
     """Check a submission without a network."""
     (tmp_path / "work").mkdir()
-    return check.check_submission(*write_submission(tmp_path / "handed in", code), tiles, tmp_path / "work")
+    files = write_submission(tmp_path / "handed in", code)
+    return check_submission(*files, tiles, tmp_path / "work", batch=Batch(2, 64))
 
 
 def test_an_honest_submission_passes_with_both_naming_styles(tmp_path, capsys):
@@ -189,12 +198,12 @@ def test_an_honest_submission_passes_with_both_naming_styles(tmp_path, capsys):
     assert [result for result in results if not result.passed] == []
     subjects = {result.subject for result in results}
     assert {
-        f"{naming} names: {line.label}" for naming in ("training", "platform") for line in check.COMMAND_LINES
+        f"{naming} names: {line.label}" for naming in ("training", "platform") for line in COMMAND_LINES
     } < (subjects)
     assert "platform names: maskgeration(bands, model.pth)" in subjects
     assert "training names: maskgeration(bands, OUT), files" in subjects
     progress = capsys.readouterr().err.splitlines()
-    assert progress[0].startswith("[1/12]") and progress[-1].startswith("[12/12]")
+    assert progress[0].startswith("[1/13]") and progress[-1].startswith("[13/13]")
 
 
 def sabotages(rows: list[tuple]):
@@ -203,10 +212,10 @@ def sabotages(rows: list[tuple]):
     return pytest.mark.parametrize("piece, instead, caught", [row[1:] for row in rows], ids=names)
 
 
-def assert_caught(results: list[check.CheckResult], caught: set[str]) -> None:
+def assert_caught(results: list[CheckResult], caught: set[str]) -> None:
     """Assert that the checks `caught` failed and that the table says so."""
     assert caught <= {result.check for result in results if not result.passed}
-    table = check.format_results(results)
+    table = format_results(results)
     assert "NOT be accepted" in table
     assert all(f"  {name}: found " in table for name in caught)
 
@@ -215,9 +224,9 @@ def assert_caught(results: list[check.CheckResult], caught: set[str]) -> None:
 def test_a_sabotaged_caller_is_caught_by_name(tmp_path, tiles, piece, instead, caught):
     assert HONEST.count(piece) == 1
     files = write_submission(tmp_path / "handed in", HONEST.replace(piece, instead))
-    case = check.lay_out_case("two tiles", tiles, tmp_path / "tiles")
-    bench = check.Bench(*files, tmp_path, sys.executable, lambda text: None)
-    assert_caught(check.check_case(bench, case)[0], caught)
+    case = lay_out_case("two tiles", tiles, tmp_path / "tiles")
+    candidate = Candidate(*files, tmp_path, sys.executable, lambda text: None)
+    assert_caught(check_case(candidate, case)[0], caught)
 
 
 @sabotages(WEIGHT_SABOTAGES)
@@ -230,11 +239,11 @@ def test_weights_over_the_limit_fail(tmp_path):
     weights = tmp_path / "model.pth"
     with weights.open("wb") as stream:  # sparse: takes no room on the disk
         stream.truncate(300_000_001)
-    result = check.check_size(weights)
+    result = check_size(weights)
     assert (result.check, result.passed) == ("size", False)
     with weights.open("wb") as stream:
         stream.truncate(300_000_000)
-    assert check.check_size(weights).passed
+    assert check_size(weights).passed
 
 
 @pytest.fixture
@@ -252,39 +261,48 @@ def test_the_kits_own_solution_passes(tmp_path, tiles, one_core):
     content["members"][0].update(fold=0, val_mcc=0.0)
     content["provenance"] = {"tiles": ["001"], "scheme": "stratified", "config": {}, "versions": {}}
     torch.save(content, tmp_path / "model.pth")
-    case = check.lay_out_case("tiny", tiles, tmp_path / "tiny")
-    bench = check.Bench(
+    case = lay_out_case("tiny", tiles, tmp_path / "tiny")
+    candidate = Candidate(
         support.PROJECT / "solution.py", tmp_path / "model.pth", tmp_path, sys.executable, lambda text: None
     )
-    results = check.check_loading(bench, case)
-    written, first = check.check_command_line(bench, case, check.COMMAND_LINES[0])
-    returned, others = check.check_maskgeration(bench, case)
-    results += [*written, *returned, check.judge_agreement("tiny", first + others)]
-    damaged = check.make_damaged_weights(bench.weights, tmp_path / "damaged")
+    results = check_loading(candidate, case)
+    written, first = check_command_line(candidate, case, COMMAND_LINES[0])
+    returned, others = check_maskgeration(candidate, case)
+    results += [*written, *returned, judge_agreement("tiny", first + others)]
+    damaged = make_damaged_weights(candidate.weights, tmp_path / "damaged")
     assert set(damaged) == {"weights cut in half", "no weights", "a tensor missing"}
-    results += check.check_damaged_command(bench, case, "a tensor missing", damaged["a tensor missing"])
+    results += check_damaged_command(candidate, case, "a tensor missing", damaged["a tensor missing"])
     assert [result for result in results if not result.passed] == []
 
 
 def test_tiles_are_read_only_and_nothing_of_the_project_is_in_reach(tmp_path, tiles):
-    case = check.lay_out_case("tiny", tiles, tmp_path / "tiny")
+    case = lay_out_case("tiny", tiles, tmp_path / "tiny")
     assert all(path.stat().st_mode & 0o222 == 0 for path in [case.folder, *case.folder.rglob("*")])
-    bench = check.Bench(Path("solution.py"), Path("model.pth"), tmp_path, sys.executable, lambda text: None)
+    candidate = Candidate(Path("solution.py"), Path("model.pth"), tmp_path, sys.executable, lambda text: None)
     code = (
         "import os; print(sorted(os.listdir('.')), os.environ.get('PYTHONPATH'), os.environ['https_proxy'])"
     )
     (tmp_path / "a").write_text("x")
-    run = check.run_bare(bench, {"a.txt": tmp_path / "a"}, ["-c", code], case)
-    assert run.output.split("\n")[0] == f"['a.txt'] None {check.CLOSED_PORT}"
+    run = run_bare(candidate, {"a.txt": tmp_path / "a"}, ["-c", code], case)
+    assert run.output.split("\n")[0] == f"['a.txt'] None {CLOSED_PORT}"
     assert not (tmp_path / "bare").exists()
+
+
+def test_what_is_checked_stays_as_it_was_handed_in(tmp_path):
+    handed_in = write_submission(tmp_path / "handed in", HONEST)
+    copies = copy_submission(*handed_in, tmp_path)
+    for path in handed_in:
+        path.write_text("changed while the check ran")
+    assert [path.read_text() for path in copies] == [HONEST, "level 25000 end"]
+    assert [path.name for path in copies] == ["solution.py", "model.pth"]
 
 
 def test_missing_files_and_interpreters_are_named(tmp_path, tiles):
     solution, weights = write_submission(tmp_path / "handed in", HONEST)
     with pytest.raises(submission.SubmissionError, match="no-model.pth: no such file"):
-        check.check_submission(solution, tmp_path / "no-model.pth", tiles, tmp_path)
+        check_submission(solution, tmp_path / "no-model.pth", tiles, tmp_path)
     with pytest.raises(submission.SubmissionError, match="no-python: does not run"):
-        check.check_submission(solution, weights, tiles, tmp_path, "no-python")
+        check_submission(solution, weights, tiles, tmp_path, "no-python")
 
 
 # --- The zip --------------------------------------------------------------------------------------
@@ -331,7 +349,7 @@ def test_the_command_writes_a_zip_only_after_a_passed_check(tmp_path, tiles, cap
         solution, weights = write_submission(tmp_path / name, code)
         files = ["--solution", str(solution), "--weights", str(weights)]
         return submission.run_submission(
-            parser.parse_args([*files, "--tiles", str(tiles), "--out", str(out)])
+            parser.parse_args([*files, "--tiles", str(tiles), "--timed-tiles", "1", "--out", str(out)])
         )
 
     assert run("bad", HONEST.replace("level, 85, 0)", "level, 1, 0)")) == 1

@@ -4,12 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from train.config import Config, ConfigError, differing_keys, from_dict, load_config, save_config, to_dict
+from train.config import (
+    Config,
+    ConfigError,
+    change_config,
+    describe_differences,
+    differing_keys,
+    from_dict,
+    load_config,
+    save_config,
+    to_dict,
+)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "train" / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+CONFIG_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "ablations.yaml")  # no config
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_shipped_configs_load(path):
     assert isinstance(load_config(path), Config)
 
@@ -87,6 +100,17 @@ def test_override_without_key_or_value(override):
         "optim.ema_decay=1",
         "train.threads=-1",
         "loss.class_weights=[1,2]",
+        "loss.mcc=-1",
+        "loss.lovasz=inf",
+        "loss.boundary_sigma=0",
+        "loss.interface_weight=0.5",
+        "loss.boundary_ramp_epochs=-1",
+        "loss.tversky_alpha=0",
+        "data.mix=1.5",
+        "data.scaling=minmax",
+        "optim.schedule=linear",
+        "optim.restart_epochs=0",
+        "optim.encoder_lr_factor=-1",
     ],
 )
 def test_senseless_value_names_key_value_and_expectation(override):
@@ -95,9 +119,36 @@ def test_senseless_value_names_key_value_and_expectation(override):
         load_config(overrides=[override])
 
 
-def test_both_loss_terms_off_is_refused():
+def test_all_loss_terms_off_is_refused():
     with pytest.raises(ConfigError, match=r"loss\.focal"):
         load_config(overrides=["loss.focal=0", "loss.dice=0"])
+
+
+@pytest.mark.parametrize("term", ["mcc", "boundary", "tversky", "lovasz"])
+def test_any_loss_term_will_do(term):
+    assert load_config(overrides=[f"loss.{term}=1", "loss.focal=0", "loss.dice=0"]).loss.focal == 0
+
+
+def test_arguments_of_another_network_replace_those_before(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: SEResUNet, args: {width: 8}}\n")
+    config = load_config(path)
+    assert config.model.args == {"width": 8}
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    other = change_config(config, {"model": {"name": "Unet", "args": {"encoder_depth": 4}}}, "test")
+    assert other.model.args == {"encoder_depth": 4}
+    more = change_config(other, {"model": {"args": {"encoder_name": "resnet18"}}}, "test")
+    assert more.model.args == {"encoder_depth": 4, "encoder_name": "resnet18"}
+
+
+def test_changed_settings_are_checked_and_described():
+    config = change_config(Config(), {"loss": {"mcc": 0.35}, "train": {"epochs": 3}}, "test")
+    assert describe_differences(config, Config()) == "loss.mcc=0.35, train.epochs=3"
+    with pytest.raises(ConfigError, match=r"trial mcc: unknown key 'loss\.mmc'.*mcc"):
+        change_config(Config(), {"loss": {"mmc": 1.0}}, "trial mcc")
+    with pytest.raises(ConfigError, match=r"^loss\.mcc is -1"):
+        change_config(Config(), {"loss": {"mcc": -1}}, "trial mcc")
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [\n", ""])

@@ -19,6 +19,7 @@ from train.config import Config, load_config
 from train.data import open_fold
 from train.fit import RunError, first_weights, fit_all, fit_fold, read_record, write_whole
 from train.module import RampedAveraging, SegmentationModule, set_batchnorm_momentum
+from train.pretrained import load_imagenet
 
 SMOKE = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
 
@@ -278,6 +279,62 @@ def test_learning_rate_rises_linearly_in_the_warm_up(store):
         optimizers[0].step()
         schedulers[1]["scheduler"].step()
     assert rates == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3])
+
+
+def test_cosine_rises_in_the_warm_up_and_ends_at_zero(store):
+    settings = ("optim.schedule=cosine", "optim.warmup_steps=3", "optim.lr=1e-3", "train.epochs=2")
+    config = smoke_config(store, *settings, "data.steps_per_epoch=5")
+    optimizers, (schedule,) = SegmentationModule(config).configure_optimizers()
+    rates = []
+    for _ in range(11):
+        rates.append(optimizers[0].param_groups[0]["lr"])
+        optimizers[0].step()
+        schedule["scheduler"].step()
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1e-3), 7)
+    falling = []
+    for _ in range(8):
+        falling.append(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step()
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, *falling])
+    assert rates[-1] == 0
+
+
+def test_cosine_run_resumes_as_if_it_had_not_been_interrupted(store, tmp_path):
+    config = smoke_config(store, "optim.schedule=cosine", "train.keep=last")
+    whole = fit_fold(config, 0, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit_fold(config, 0, tmp_path / "parts", [StopBefore(config.data.steps_per_epoch + 1)])
+    parts = fit_fold(config, 0, tmp_path / "parts")
+    assert whole["val_mcc"] == parts["val_mcc"]
+    states = [
+        torch.load(tmp_path / name / "fold0" / "fold.pt", weights_only=True)["state_dict"]
+        for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_epoch_that_is_kept(store, tmp_path, keep):
+    config = smoke_config(store, "train.epochs=4", "optim.lr=0.05", f"train.keep={keep}")
+    record = fit_fold(config, 0, tmp_path)
+    scores = [float(row["val_mcc"]) for row in read_history(tmp_path / "fold0")]
+    expected = int(np.argmax(scores)) + 1 if keep == "best" else 4
+    assert record["epoch"] == expected
+    assert record["val_mcc"] == pytest.approx(scores[expected - 1], abs=1e-5)
+
+
+def test_imagenet_weights_are_where_a_fold_starts(store, tmp_path):
+    encoder = "timm-tf_efficientnet_lite0"
+    settings = ("model.imagenet=true", "train.epochs=1", "data.steps_per_epoch=1", "optim.lr=1e-30")
+    arch = ("model.name=Unet", f"model.args={{encoder_name: {encoder}}}")
+    config = smoke_config(store, *settings, *arch, "optim.weight_decay=0")
+    fit_fold(config, 0, tmp_path)
+    network = build_network({"name": "Unet", "args": {"encoder_name": encoder}})
+    load_imagenet(network, encoder)
+    state = torch.load(tmp_path / "fold0" / "fold.pt", weights_only=True)["state_dict"]
+    name = "encoder.blocks.3.0.conv_pw.weight"
+    assert torch.allclose(state[name], network.state_dict()[name], atol=1e-6)
 
 
 def test_batchnorm_momentum_is_set_or_left():

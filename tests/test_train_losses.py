@@ -1,24 +1,42 @@
-"""The loss on set-valued labels against independent formulas and smp's losses."""
+"""The losses on set-valued labels against independent formulas, scikit-learn, scipy and smp's losses."""
+
+import math
 
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt
+from sklearn.metrics import jaccard_score, matthews_corrcoef
 from torch.nn import functional
 
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE, allowed_classes
 from train.config import LossConfig
 from train.losses import (
+    BorderWeights,
     SetLoss,
+    border_pairs,
+    boundary_loss,
     dice_loss,
+    distance_to,
     focal_loss,
     labelled_pixels,
+    likeliest_class,
     log_likelihood,
+    lovasz_loss,
+    mcc_loss,
     posterior_target,
+    ramp,
+    touching,
+    tversky_loss,
 )
 
 TABLE = torch.from_numpy(allowed_classes()) > 0
 SHAPE = (2, 9, 7)
+ALL_CODES = [0, 1, 2, 3, GLACIER_OR_DEBRIS, OTHER_OR_LAKE, IGNORE]
+EVERY_TERM = {"focal": 1.0, "dice": 1.0, "mcc": 1.0, "boundary": 1.0, "tversky": 1.0, "lovasz": 1.0}
 
 
 def random_logits(seed: int = 0) -> torch.Tensor:
@@ -109,8 +127,9 @@ def test_dice_does_not_take_sides_within_a_set():
     assert logits.grad.abs().max().item() < 1e-6
 
 
-def test_ignored_pixels_contribute_nothing():
-    loss = SetLoss(LossConfig())
+@pytest.mark.parametrize("terms", [{}, EVERY_TERM])
+def test_ignored_pixels_contribute_nothing(terms):
+    loss = SetLoss(LossConfig(**terms))
     codes = random_codes([0, 1, GLACIER_OR_DEBRIS, IGNORE])
     ignored = (codes == IGNORE)[:, None].expand(-1, 4, -1, -1)
     logits = random_logits().requires_grad_()
@@ -124,7 +143,7 @@ def test_ignored_pixels_contribute_nothing():
 
 def test_a_batch_of_ignored_pixels_costs_nothing():
     logits = random_logits().requires_grad_()
-    value = SetLoss(LossConfig())(logits, torch.full(SHAPE, IGNORE, dtype=torch.uint8))
+    value = SetLoss(LossConfig(**EVERY_TERM))(logits, torch.full(SHAPE, IGNORE, dtype=torch.uint8))
     value.backward()
     assert value.item() == 0.0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -135,7 +154,8 @@ def test_a_batch_of_ignored_pixels_costs_nothing():
 def test_stable_for_extreme_logits(gamma, scale):
     codes = random_codes([0, 1, 2, 3, GLACIER_OR_DEBRIS, OTHER_OR_LAKE, IGNORE])
     logits = (random_logits() * scale).requires_grad_()
-    value = SetLoss(LossConfig(gamma=gamma, class_weights=[1.0, 2.0, 3.0, 4.0]))(logits, codes)
+    config = LossConfig(gamma=gamma, class_weights=[1.0, 2.0, 3.0, 4.0], **EVERY_TERM)
+    value = SetLoss(config)(logits, codes)
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(logits.grad).all()
@@ -152,3 +172,235 @@ def test_loss_is_the_weighted_sum_of_its_terms():
 def test_half_precision_logits_give_a_float32_loss():
     value = SetLoss(LossConfig())(random_logits().bfloat16(), random_codes([0, 1, GLACIER_OR_DEBRIS]))
     assert value.dtype == torch.float32
+
+
+# --- Matthews correlation -----------------------------------------------------------------------------------
+
+CLASSES = st.integers(0, 3)
+
+
+def hard_logits(classes: np.ndarray, shape: tuple) -> torch.Tensor:
+    """Return logits (1, 4, *shape) that are certain of `classes`."""
+    return 100.0 * functional.one_hot(torch.from_numpy(classes).reshape(1, *shape), 4).movedim(-1, 1).float()
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(CLASSES, CLASSES), min_size=1, max_size=60))
+def test_mcc_equals_scikit_learn_on_hard_labels_and_predictions(pairs):
+    labels, predicted = np.array(pairs).T
+    logits = hard_logits(predicted, (1, len(pairs)))
+    codes = torch.from_numpy(labels.astype(np.uint8)).reshape(1, 1, -1)
+    expected = 1 - matthews_corrcoef(labels, predicted)
+    assert mcc_loss(pixels_of(logits, codes)).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_mcc_counts_a_single_pixel_among_a_million():
+    codes = torch.zeros(1, 1000, 1000, dtype=torch.uint8)
+    codes[0, 0, 0] = 1
+    logits = hard_logits(codes.numpy().astype(np.int64), (1000, 1000))
+    assert mcc_loss(pixels_of(logits, codes)).item() == pytest.approx(0.0, abs=1e-4)
+
+
+def test_mcc_of_probabilities_is_that_of_the_soft_confusion_matrix():
+    logits, codes = random_logits(), random_codes([0, 1, 2, 3])
+    probs = logits.softmax(dim=1).movedim(1, -1).reshape(-1, 4).double().numpy()
+    labels = np.eye(4)[codes.numpy().ravel()]
+    counts = labels.T @ probs
+    total, right, rows, cols = counts.sum(), np.trace(counts), counts.sum(axis=1), counts.sum(axis=0)
+    variances = (total**2 - rows @ rows) * (total**2 - cols @ cols)
+    expected = 1 - (right * total - rows @ cols) / math.sqrt(variances)
+    assert mcc_loss(pixels_of(logits, codes)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mcc_does_not_take_sides_within_a_set():
+    """Where every pixel is surely of its set, no split within the sets is better than another."""
+    codes = random_codes([0, GLACIER_OR_DEBRIS])
+    logits = random_logits()
+    logits[:, 3] = -40.0
+    glacier = (codes == GLACIER_OR_DEBRIS)[:, None]
+    logits = torch.where(glacier.expand_as(logits), logits, torch.tensor([40.0, 0, 0, 0])[:, None, None])
+    logits[:, :1] = torch.where(glacier, -40.0, logits[:, :1])
+    logits.requires_grad_()
+    loss = mcc_loss(pixels_of(logits, codes))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert logits.grad.abs().max().item() < 1e-6
+
+
+@pytest.mark.parametrize("codes", [[0, 1, 2, 3, IGNORE], [0, GLACIER_OR_DEBRIS]])
+def test_following_the_gradient_of_mcc_lowers_it(codes):
+    labels, logits = random_codes(codes), random_logits(seed=1).requires_grad_()
+    optimizer = torch.optim.SGD([logits], lr=20.0)
+    values = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = mcc_loss(pixels_of(logits, labels))
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert all(after < before for before, after in zip(values, values[1:]))
+    assert values[-1] < 0.6 * values[0]
+
+
+# --- Borders ------------------------------------------------------------------------------------------------
+
+
+def by_hand_weights(codes: np.ndarray, sigma: float, interface_weight: float) -> np.ndarray:
+    """Return the border weights of codes (H, W) pixel by pixel, pair by pair."""
+    allowed = allowed_classes() > 0
+    height, width = codes.shape
+    borders: list[tuple[int, int, float]] = []
+    for row in range(height):
+        for col in range(width):
+            for dr, dc in ((0, 1), (1, 0), (0, -1), (-1, 0)):
+                if not (0 <= row + dr < height and 0 <= col + dc < width):
+                    continue
+                here, there = codes[row, col], codes[row + dr, col + dc]
+                if (
+                    allowed[here].any()
+                    and allowed[there].any()
+                    and not (allowed[here] & allowed[there]).any()
+                ):
+                    borders.append((row, col, interface_weight if {here, there} == {1, 2} else 1.0))
+    weights = np.zeros(codes.shape)
+    for row, col in np.ndindex(*codes.shape):
+        for r, c, factor in borders:
+            distance = math.hypot(row - r, col - c)
+            if distance <= math.ceil(5 * sigma):
+                weights[row, col] = max(weights[row, col], factor * math.exp(-distance / sigma))
+    return weights
+
+
+@pytest.mark.parametrize("codes", [[0, 1], [1, 2], ALL_CODES, [GLACIER_OR_DEBRIS, 1, IGNORE]])
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+def test_border_weights_equal_those_by_hand(codes, sigma):
+    blocks = np.random.default_rng(0).choice(codes, (2, 4, 5)).astype(np.uint8)
+    labels = np.kron(blocks, np.ones((1, 4, 3), np.uint8))
+    found = BorderWeights(TABLE, sigma, 5.0)(torch.from_numpy(labels)).numpy()
+    expected = np.stack([by_hand_weights(tile, sigma, 5.0) for tile in labels])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_interface_of_glacier_and_debris_weighs_more():
+    codes = torch.zeros(1, 1, 12, dtype=torch.uint8)
+    codes[..., 4:8], codes[..., 8:] = 1, 2
+    weights = BorderWeights(TABLE, 1.0, 5.0)(codes)[0, 0]
+    assert weights[[3, 4]].tolist() == [1.0, 1.0]
+    assert weights[[7, 8]].tolist() == [5.0, 5.0]
+    assert weights[9].item() == pytest.approx(5 * math.exp(-1), rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.05, 0.6])
+def test_distance_equals_scipy_within_reach(share):
+    marked = np.random.default_rng(0).random((3, 50, 41)) < share
+    found = distance_to(torch.from_numpy(marked), 9).numpy()
+    for number, tile in enumerate(marked):
+        expected = distance_transform_edt(~tile) if tile.any() else np.full(tile.shape, np.inf)
+        np.testing.assert_allclose(found[number], np.where(expected <= 9, expected, np.inf), rtol=1e-6)
+
+
+def test_codes_that_may_show_the_same_class_make_no_border():
+    borders, interface = border_pairs(TABLE)
+    assert torch.equal(borders, borders.T)
+    assert torch.equal(interface, interface.T)
+    for pair in ((1, GLACIER_OR_DEBRIS), (2, GLACIER_OR_DEBRIS), (0, OTHER_OR_LAKE), (0, 0), (0, IGNORE)):
+        assert not borders[pair]
+    for pair in ((0, 1), (1, 2), (0, GLACIER_OR_DEBRIS), (OTHER_OR_LAKE, GLACIER_OR_DEBRIS), (0, 3)):
+        assert borders[pair]
+    assert interface.nonzero().tolist() == [[1, 2], [2, 1]]
+    assert not touching(torch.full(SHAPE, IGNORE, dtype=torch.uint8), borders).any()
+
+
+def test_boundary_loss_is_the_weighted_cross_entropy():
+    logits, codes = random_logits(), random_codes([0, 1, 2, 3, IGNORE])
+    weights = BorderWeights(TABLE, 3.0, 5.0)(codes)
+    costs = functional.cross_entropy(logits, codes.long(), ignore_index=IGNORE, reduction="none")
+    weights[codes == IGNORE] = 0
+    expected = ((costs * weights).sum() / weights.sum()).item()
+    value = SetLoss(LossConfig(focal=0, dice=0, boundary=1.0))(logits, codes).item()
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_border_the_boundary_term_is_zero():
+    logits = random_logits().requires_grad_()
+    codes = torch.full(SHAPE, GLACIER_OR_DEBRIS, dtype=torch.uint8)
+    value = SetLoss(LossConfig(focal=0, dice=0, boundary=1.0))(logits, codes)
+    value.backward()
+    assert value.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_boundary_term_is_ramped_in_linearly():
+    logits, codes = random_logits(), random_codes([0, 1, 2])
+    loss = SetLoss(LossConfig(focal=1.0, dice=0, boundary=2.0, boundary_ramp_epochs=4))
+    start, whole = loss(logits, codes, 0.0).item(), loss(logits, codes).item()
+    assert start == pytest.approx(focal_loss(pixels_of(logits, codes), 2.0).item(), rel=1e-6)
+    for epochs, share in ((1.0, 0.25), (2.5, 0.625), (4.0, 1.0), (9.0, 1.0)):
+        value = loss(logits, codes, epochs).item()
+        assert value == pytest.approx(start + share * (whole - start), rel=1e-5)
+    assert [ramp(epochs, 0) for epochs in (0.0, 3.0)] == [1.0, 1.0]
+
+
+# --- Tversky and Lovasz -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", [[0, 1, 2, 3, IGNORE], [0, 2, IGNORE], [1]])
+def test_tversky_equals_its_formula_and_half_and_half_is_dice(codes):
+    logits, labels = random_logits(), random_codes(codes)
+    pixels = pixels_of(logits, labels)
+    assert tversky_loss(pixels, 0.5, 0.5).item() == pytest.approx(dice_loss(pixels).item(), rel=1e-5)
+    probs, target = pixels.logits.softmax(dim=-1), pixels.allowed.float()
+    hits = (probs * target).sum(dim=0)
+    index = hits / (hits + 0.3 * (probs * (1 - target)).sum(dim=0) + 0.7 * ((1 - probs) * target).sum(dim=0))
+    expected = 1 - index[target.any(dim=0)].mean()
+    assert tversky_loss(pixels, 0.3, 0.7).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_lovasz_of_hard_predictions_is_the_jaccard_loss():
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 3, (2, 60))
+    codes = torch.from_numpy(labels.astype(np.uint8)).reshape(1, 6, 10)
+    present = jaccard_score(labels, predicted, labels=[0, 1, 2], average=None)
+    value = lovasz_loss(pixels_of(hard_logits(predicted, (6, 10)), codes)).item()
+    assert value == pytest.approx(1 - present.mean(), abs=1e-5)
+
+
+def test_sets_become_their_likeliest_class():
+    logits, codes = random_logits(), random_codes(ALL_CODES)
+    pixels = pixels_of(logits, codes)
+    likeliest = likeliest_class(pixels)
+    assert torch.equal(likeliest, posterior_target(pixels).argmax(dim=-1))
+    certain = pixels._replace(allowed=functional.one_hot(likeliest, 4).bool())
+    for loss in (lovasz_loss, lambda p: tversky_loss(p, 0.3, 0.7)):
+        assert loss(pixels).item() == loss(certain).item()
+
+
+# --- All terms together -------------------------------------------------------------------------------------
+
+
+def test_every_term_counts_by_its_weight():
+    logits, codes = random_logits(), random_codes([0, 1, 2, GLACIER_OR_DEBRIS, IGNORE])
+    pixels = pixels_of(logits, codes)
+    weights = BorderWeights(TABLE, 3.0, 5.0)(codes)[codes != IGNORE]
+    expected = (
+        0.25 * focal_loss(pixels, 2.0)
+        + 0.25 * dice_loss(pixels)
+        + 0.35 * mcc_loss(pixels)
+        + 0.15 * boundary_loss(pixels, weights)
+        + 0.4 * tversky_loss(pixels, 0.3, 0.7)
+        + 0.6 * lovasz_loss(pixels)
+    )
+    config = LossConfig(focal=0.25, dice=0.25, mcc=0.35, boundary=0.15, tversky=0.4, lovasz=0.6)
+    assert SetLoss(config)(logits, codes).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("term", list(EVERY_TERM))
+@pytest.mark.parametrize("codes", [ALL_CODES, [1], [GLACIER_OR_DEBRIS], [0, IGNORE]])
+def test_gradients_are_finite(term, codes):
+    config = LossConfig(**{**dict.fromkeys(EVERY_TERM, 0.0), term: 1.0})
+    logits = random_logits().requires_grad_()
+    value = SetLoss(config)(logits, random_codes(codes))
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(logits.grad).all()

@@ -1,10 +1,9 @@
-"""From a finished run to model.pth: passes, calibration, packing, pictures, and the command line."""
+"""From a finished run to model.pth: passes, calibration, packing, and the command line."""
 
 import hashlib
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,14 +11,12 @@ from train_helpers import make_store
 
 import solution
 from prep.store import TileStore
-from prep.synthetic import write_sample
-from train import calibrate, package
+from train import calibrate, crf, package
 from train.__main__ import main
 from train.calibrate import Settings, StepResult, decide_step, nested_score, predict_with, score
 from train.evaluate import load_passes, predict_run, read_folds
 from train.fit import RunError
 from train.metrics import TileCounts, count_tile
-from train.pictures import read_mask, write_contact_sheet
 
 CONFIG = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
 
@@ -91,7 +88,7 @@ def test_packed_model_predicts_as_its_folds_do(finished: tuple[Path, Path]) -> N
         x = torch.from_numpy(solution.normalize(image, record["normalization"]))[None]
         with torch.no_grad():
             total += torch.softmax(network(x), dim=1)[0].numpy() / 2
-    packed = solution.ensemble_probabilities(model, image, solution.VIEWS[:1])
+    packed = solution.ensemble_probabilities(model, image, model.passes[:2]).probs
     np.testing.assert_allclose(packed, total, atol=5e-3)  # float16 weights
 
 
@@ -178,33 +175,21 @@ def test_settings_reach_the_classes() -> None:
     image = np.ones((20, 20, 5), np.float32)
     image[:5] = np.nan
     norm = {"mean": [0.0] * 5, "std": [1.0] * 5}
-    one, six = Settings(), Settings(postprocess=Settings().postprocess._replace(views=6))
+    one, six = Settings(), Settings(views=6)
     assert set(np.unique(predict_with(one, passes, image, norm))) == {0, 2}
     assert set(np.unique(predict_with(six, passes, image, norm)[5:])) == {1}
     biased = six._replace(postprocess=six.postprocess._replace(extent_bias=-2.0))
     assert set(np.unique(predict_with(biased, passes, image, norm))) == {0}
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------
+# --- The CRF on PyTorch -----------------------------------------------------------------------------------
 
 
-def test_contact_sheet_shows_each_tile_and_wants_each_mask(tmp_path: Path) -> None:
-    data, masks = tmp_path / "data", tmp_path / "masks"
-    write_sample(data, tiles=2, size=64, seed=0, naming="platform", labels="phase2")
-    masks.mkdir()
-    tiles = solution.find_tiles(data)
-    for number, tile in enumerate(tiles):
-        cv2.imwrite(str(masks / f"{Path(tile.name).stem}.png"), np.full((64, 64), 85 * number, np.uint8))
-    assert (read_mask(masks, tiles[1]) == 1).all()
-    assert write_contact_sheet(data, masks, tmp_path / "sheet.png") == 2
-    assert cv2.imread(str(tmp_path / "sheet.png")).shape[0] > 300
-    (masks / f"{Path(tiles[0].name).stem}.png").unlink()
-    with pytest.raises(solution.InputError, match="no mask for"):
-        write_contact_sheet(data, masks, tmp_path / "sheet.png")
-
-
-def test_a_picture_that_is_no_mask_is_refused(tmp_path: Path) -> None:
-    tile = solution.TileFiles("001", "img001.tif", (None,) * 5)
-    cv2.imwrite(str(tmp_path / "img001.png"), np.full((8, 8), 17, np.uint8))
-    with pytest.raises(solution.InputError, match="is no mask"):
-        read_mask(tmp_path, tile)
+@pytest.mark.skipif(solution.densecrf is None, reason="pydensecrf is not installed")
+def test_the_two_crfs_are_compared_on_every_tile_under_every_setting(finished: tuple[Path, Path]) -> None:
+    run, folder = finished
+    table = crf.compare_run(run, TileStore(folder))
+    assert [len(tiles) for tiles in table] == [len(TileStore(folder).tile_ids)] * len(calibrate.CRF_OPTIONS)
+    assert all(tile.agreement >= 0.99 and tile.torch_seconds > 0 for tiles in table for tile in tiles)
+    report = crf.format_comparisons(table, 1, "python -m train crf")
+    assert report.count("\n| ") == 2 + len(table)

@@ -38,8 +38,24 @@ def run_fit(arguments: argparse.Namespace) -> int:
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run with finished folds")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="folder of a run with finished folds")
+    what.add_argument("--pred", type=Path, help="folder of masks of any origin, PNG or TIFF, with --labels")
     add_store_argument(parser)
+    masks = parser.add_argument_group("with --pred")
+    masks.add_argument("--labels", type=Path, help="folder of labels, or with label/ and label_phase2/ in it")
+    masks.add_argument(
+        "--phase", choices=("auto", "1", "2"), default="auto", help="of the labels (auto: by their values)"
+    )
+    masks.add_argument(
+        "--values",
+        choices=("auto", "classes", "extent"),
+        default="auto",
+        help="classes: masks hold 0, 85, 170, 255; extent: 0 and 255, glacier of either kind",
+    )
+    masks.add_argument("--data", type=Path, help="Band1 ... Band5: scores without nodata as well")
+    masks.add_argument("--tiles", type=lambda text: text.split(","), default=[], help="e.g. 02_07,03_11")
+    masks.add_argument("--json", type=Path, help="file for all figures")
 
 
 def add_store_argument(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +64,11 @@ def add_store_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Score every tile by the fold that never saw it (--run), or a folder of masks (--pred, --labels)."""
+    return evaluate_masks(arguments) if arguments.pred else evaluate_run(arguments)
+
+
+def evaluate_run(arguments: argparse.Namespace) -> int:
     """Predict every tile with the fold that never saw it, and score the predictions."""
     from prep.store import TileStore
     from train.evaluate import predict_run
@@ -58,6 +79,29 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     pooled = score_run(arguments.run, store)["pooled"]["valid_pixels"]
     four = f"{pooled['four_class']['mcc']:.4f}" if pooled["four_class"] else "undefined"
     print(f"{arguments.run}: out-of-fold MCC {pooled['binary']['mcc']:.4f} (extent), {four} (four classes)")
+    return 0
+
+
+def evaluate_masks(arguments: argparse.Namespace) -> int:
+    """Score a folder of masks as the organisers do."""
+    from prep.competition import PHASE_OPTIONS
+    from solution import InputError
+    from train.mask_files import VALUES_OPTIONS
+    from train.score_masks import format_scores, score_masks, write_scores
+
+    if not arguments.labels:
+        raise InputError("--pred: the masks have nothing to be scored against; give --labels FOLDER")
+    scores = score_masks(
+        arguments.pred,
+        arguments.labels,
+        phase=PHASE_OPTIONS[arguments.phase],
+        values=VALUES_OPTIONS[arguments.values],
+        data=arguments.data,
+        tiles=arguments.tiles,
+    )
+    print(format_scores(scores))
+    if arguments.json:
+        write_scores(scores, arguments.json)
     return 0
 
 
@@ -101,11 +145,48 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_pareto_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `pareto`."""
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="evaluated runs on different folds; the first is the one to pack"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON file with the order, for `pack`")
+    parser.add_argument("--baseline", type=Path, help="run of `baseline` on the first run's folds")
+    parser.add_argument("--report", type=Path, help="Markdown file for the tables; its plot goes beside it")
+    add_store_argument(parser)
+
+
+def run_pareto(arguments: argparse.Namespace) -> int:
+    """Measure what further networks and views are worth, and order the passes by it."""
+    from prep.store import TileStore
+    from solution import usable_cores
+    from train import pareto
+
+    store, cores = TileStore(arguments.store), usable_cores()
+    opened = pareto.open_runs(arguments.runs, store)
+    measured = pareto.measure(opened, store, arguments.baseline, cores)
+    pareto.write_order(arguments.out, measured)
+    print(pareto.cell_table(measured.cells))
+    if arguments.report:
+        after = pareto.measure_after_passes(opened, store, measured.views, cores)
+        runs = " ".join(str(run) for run in arguments.runs)
+        baseline = f"--baseline {arguments.baseline} " if arguments.baseline else ""
+        files = f"--out {arguments.out} --report {arguments.report}"
+        command = f"python -m train pareto {runs} --store {arguments.store} {baseline}{files}"
+        pareto.write_report(arguments.report, measured, after, [command])
+    return 0
+
+
 def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pack`."""
     parser.add_argument("--run", type=Path, required=True, help="folder of a run with finished folds")
     parser.add_argument(
         "--calibration", type=Path, help="JSON file of `calibrate`; default: no optional step"
+    )
+    parser.add_argument(
+        "--passes",
+        type=Path,
+        help="JSON file of `pareto`; default: every network's first view, then the second",
     )
     parser.add_argument("--out", type=Path, default=Path("weights/model.pth"), help="default: %(default)s")
 
@@ -114,7 +195,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     """Pack the folds into one model.pth and write its card."""
     from train.package import pack
 
-    out = pack(arguments.run, arguments.calibration, arguments.out)
+    out = pack(arguments.run, arguments.calibration, arguments.out, arguments.passes)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
@@ -145,17 +226,150 @@ def run_report(arguments: argparse.Namespace) -> int:
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `preview`."""
     parser.add_argument("--data", type=Path, required=True, help="folder with Band1 ... Band5")
-    parser.add_argument("--masks", type=Path, required=True, help="folder of masks that solution.py wrote")
-    parser.add_argument("--out", type=Path, required=True, help="PNG file")
+    parser.add_argument("--masks", type=Path, help="folder of masks; default: made with --weights")
+    parser.add_argument(
+        "--weights", type=Path, help="model.pth, for masks and maps of confidence: takes all its passes"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for a picture a tile; or a PNG for a contact sheet"
+    )
 
 
 def run_preview(arguments: argparse.Namespace) -> int:
-    """Draw a contact sheet of tiles and their masks."""
-    from train.pictures import write_contact_sheet
+    """Draw each tile with its mask, outlines, areas and confidence, and a contact sheet of all of them."""
+    from solution import InputError
+    from train.quicklook import write_quicklooks
 
-    count = write_contact_sheet(arguments.data, arguments.masks, arguments.out)
-    print(f"{arguments.out}: {count} tiles")
+    if not (arguments.masks or arguments.weights):
+        raise InputError("nothing to draw over the tiles; give --masks FOLDER, --weights model.pth, or both")
+    written = write_quicklooks(arguments.data, arguments.out, arguments.masks, arguments.weights)
+    print(f"{written[-1]}: contact sheet; {len(written)} pictures in all")
     return 0
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `export`."""
+    parser.add_argument("--masks", type=Path, required=True, help="folder of masks, PNG or TIFF")
+    parser.add_argument("--data", type=Path, required=True, help="Band1 ... Band5, which say where tiles lie")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the GeoTIFFs and the GeoPackage")
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Write masks as GeoTIFFs with a colour table, and as polygons with areas, for QGIS."""
+    from train.export import export_masks, format_areas
+
+    exported = export_masks(arguments.masks, arguments.data, arguments.out)
+    print(format_areas(exported))
+    return 0
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `bench`."""
+    parser.add_argument("--data", type=Path, help="folder with Band1 ... Band5; default: synthetic tiles")
+    parser.add_argument("--tiles", type=int, default=6, help="how many of them (default: %(default)s)")
+    parser.add_argument(
+        "--weights", type=Path, default=Path("weights/model.pth"), help="default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, default=Path("reports/bench.md"), help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="small images, once: only to see that it works")
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Time solution.py by stage and against its forward passes and a straightforward program; exit status 1
+    where their masks differ."""
+    from train.bench import AGREEMENT_AIM, bench
+
+    data = ["--data <folder with Band1 ... Band5>"] if arguments.data else []
+    command = " ".join(["python -m train bench", *data, f"--tiles {arguments.tiles}"])
+    command += " --quick" if arguments.quick else ""
+    given = (arguments.data, arguments.tiles, arguments.weights, arguments.out, arguments.quick)
+    return 0 if bench(*given, command).agreement >= AGREEMENT_AIM else 1
+
+
+def add_crf_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `crf`."""
+    parser.add_argument("--run", type=Path, required=True, help="an evaluated run")
+    add_store_argument(parser)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("reports/crf.md"), help="default: %(default)s")
+
+
+def run_crf(arguments: argparse.Namespace) -> int:
+    """Compare the CRF on PyTorch with pydensecrf on the held-out tiles of a run."""
+    from prep.store import TileStore
+    from solution import prepare_torch
+    from train.crf import compare_run, format_comparisons, write_report
+
+    prepare_torch(arguments.threads)
+    table = compare_run(arguments.run, TileStore(arguments.store))
+    command = f"python -m train crf --run {arguments.run} --threads {arguments.threads}"
+    text = format_comparisons(table, arguments.threads, command)
+    write_report(arguments.out, text)
+    print(text)
+    return 0
+
+
+def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `ablate`."""
+    parser.add_argument("--set", type=Path, help="YAML file of named trials: train/configs/ablations.yaml")
+    parser.add_argument(
+        "--trials", help="names of the set's trials to run, e.g. focal-dice,mcc; default: all"
+    )
+    parser.add_argument("--configs", type=Path, nargs="+", default=[], help="YAML files, each a trial")
+    parser.add_argument(
+        "--include", nargs="+", default=[], metavar="NAME=FOLDER[,FOLDER]", help="runs that are there: rows"
+    )
+    parser.add_argument(
+        "--reference", help="name of the trial to compare with; default: the set's or the first"
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/ablate"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--report", type=Path, default=Path("reports/ablations.md"), help="default: %(default)s"
+    )
+    parser.add_argument("--seeds", type=fold_numbers, default=[0], help="e.g. 0,1; default: 0")
+    parser.add_argument("--folds", type=fold_numbers, help="e.g. 0,1; default: all folds")
+    parser.add_argument("--steps", type=int, help="steps of every fold; default: as each config says")
+    parser.add_argument("--jobs", type=int, help="processes at once, one thread each; default: one a core")
+    parser.add_argument(
+        "--override", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every trial"
+    )
+    parser.add_argument("--store", type=Path, help="tile store; default: as the configs say")
+
+
+def run_ablate(arguments: argparse.Namespace) -> int:
+    """Train a set of configs on the same folds with the same seeds, and tabulate what each is worth."""
+    from train.ablate import ablate, parse_arguments
+
+    ablate(parse_arguments(arguments))
+    print(f"{arguments.report} written")
+    return 0
+
+
+def add_grader_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `grader-check`."""
+    parser.add_argument("--solution", type=Path, default=Path("solution.py"), help="default: %(default)s")
+    parser.add_argument(
+        "--weights", type=Path, default=Path("weights/model.pth"), help="default: %(default)s"
+    )
+    parser.add_argument("--data", type=Path, help="folder with Band1 ... Band5; default: synthetic tiles")
+    parser.add_argument("--tiles", type=int, default=3, help="how many of them (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=512, help="side of synthetic ones in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--optional",
+        action="store_true",
+        help="where there is no Python 3.9, or its packages cannot be installed, say so and end well",
+    )
+
+
+def run_grader_check(arguments: argparse.Namespace) -> int:
+    """Run the submission under Python 3.9 and the grader's packages, read-only and without network; exit
+    status 1 where a caller fails or the masks are others than here."""
+    from train.grader.command import grader_check
+
+    given = (arguments.solution, arguments.weights, arguments.data, arguments.tiles, arguments.size)
+    return grader_check(*given, optional=arguments.optional)
 
 
 def fold_numbers(text: str) -> list[int]:
@@ -163,16 +377,44 @@ def fold_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def add_benefit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `benefit`."""
+    parser.add_argument(
+        "--work", type=Path, default=Path("data/benefit"), help="new folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("reports/pretraining.md"), help="default: %(default)s"
+    )
+
+
+def run_benefit(arguments: argparse.Namespace) -> int:
+    """Pretrain on synthetic HKH, fine-tune with it and without, and score both on synthetic tiles."""
+    from prep.store import refuse_existing
+    from train.benefit import Scale, measure, write_report
+
+    refuse_existing(arguments.work)
+    command = f"python -m train benefit --work {arguments.work} --out {arguments.out}"
+    write_report(arguments.out, measure(arguments.work, Scale()), command)
+    return 0
+
+
 COMMANDS = {
     "fit": Command("train the folds of a tile store", add_fit_arguments, run_fit),
     "evaluate": Command(
-        "predict and score the held-out tiles of a run", add_evaluate_arguments, run_evaluate
+        "score the held-out tiles of a run, or any folder of masks", add_evaluate_arguments, run_evaluate
     ),
+    "ablate": Command("what is each ingredient worth?", add_ablate_arguments, run_ablate),
     "baseline": Command("score a gradient boosting on the same folds", add_baseline_arguments, run_baseline),
     "calibrate": Command("decide on views, bias, CRF, cleaning", add_calibrate_arguments, run_calibrate),
+    "pareto": Command("score against work, and the order of passes", add_pareto_arguments, run_pareto),
     "pack": Command("write weights/model.pth", add_pack_arguments, run_pack),
-    "preview": Command("draw a contact sheet of tiles and masks", add_preview_arguments, run_preview),
+    "benefit": Command("does pretraining help? on synthetic data", add_benefit_arguments, run_benefit),
+    "preview": Command("draw tiles, masks and a contact sheet", add_preview_arguments, run_preview),
+    "export": Command("masks as GeoTIFF and polygons for QGIS", add_export_arguments, run_export),
     "check": Command("would the submission be accepted?", add_check_arguments, run_check),
+    "bench": Command("time solution.py, and where it goes", add_bench_arguments, run_bench),
+    "crf": Command("the CRF on PyTorch beside pydensecrf", add_crf_arguments, run_crf),
+    "grader-check": Command("the same masks in the grader's Python?", add_grader_arguments, run_grader_check),
     "submission": Command("check, then zip the submission", add_submission_arguments, run_submission),
     "report": Command("compare runs in Markdown", add_report_arguments, run_report),
 }
@@ -199,12 +441,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 # Errors that are the user's to solve: their message is enough. By name, since importing them takes seconds.
 EXPECTED_ERRORS = (
+    "BenchError",
     "ConfigError",
     "DataError",
+    "GraderError",
     "InputError",
+    "PretrainedError",
     "ReportError",
     "RunError",
     "StoreError",
+    "SubmissionError",
     "TileError",
 )
 

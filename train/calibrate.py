@@ -19,13 +19,13 @@ from joblib import Parallel, delayed
 from prep.store import TileStore
 from solution import (
     CLASS_NAMES,
+    VIEWS,
     Postprocess,
     apply_bias,
+    apply_crf,
     clean_classes,
     decide_classes,
-    densecrf,
     normalize,
-    refine_with_crf,
     valid_mask,
 )
 from train.evaluate import load_passes, read_folds
@@ -37,7 +37,7 @@ MIN_GAIN = 0.001  # MCC; a step that gains less is not worth its time
 
 # Extent first (both kinds of glacier against the rest), then the border between the two kinds.
 EXTENT_BIASES = tuple(round(0.1 * step, 1) for step in range(-10, 11))
-DEBRIS_BIASES = tuple(0.5 * step for step in range(-8, 5))
+DEBRIS_BIASES = tuple(0.5 * step for step in range(-8, 13))
 CRF_OPTIONS = tuple(
     {
         "smooth_px": 3.0,
@@ -53,10 +53,11 @@ CLEANING_OPTIONS = ({"min_speck": 100, "min_hole": 50},)
 
 
 class Settings(NamedTuple):
-    """Everything after the passes: what `model.pth` stores as class_bias and postprocess."""
+    """The views and everything after them: what `model.pth` stores as passes, class_bias and postprocess."""
 
+    views: int = 1  # the first so many of solution.VIEWS
     class_bias: tuple[float, ...] = NO_BIAS
-    postprocess: Postprocess = Postprocess(views=1, crf=None, min_speck=0, min_hole=0)
+    postprocess: Postprocess = Postprocess(crf=None, min_speck=0, min_hole=0)
 
 
 class Run(NamedTuple):
@@ -98,10 +99,10 @@ def predict_with(
         normalization: mean and std of the bands, from the fold's checkpoint.
     """
     steps, valid = settings.postprocess, valid_mask(image)
-    probs = passes[: steps.views].astype(np.float32).mean(axis=0)
+    probs = passes[: settings.views].astype(np.float32).mean(axis=0)
     probs = apply_bias(probs, settings.class_bias, steps.extent_bias)
     if steps.crf:
-        probs = refine_with_crf(probs, normalize(image, normalization), valid, **steps.crf)
+        probs = apply_crf(probs, normalize(image, normalization), valid, steps.crf)
     return clean_classes(decide_classes(probs), valid, steps.min_speck, steps.min_hole)
 
 
@@ -172,7 +173,7 @@ def describe(settings: Settings) -> str:
     steps = settings.postprocess
     crf = ", ".join(f"{key} {value:g}" for key, value in steps.crf.items()) if steps.crf else "off"
     parts = (
-        f"views {steps.views}",
+        f"views {settings.views}",
         f"extent bias {steps.extent_bias:g}",
         f"class bias {'/'.join(f'{value:g}' for value in settings.class_bias)}",
         f"CRF {crf}",
@@ -201,7 +202,7 @@ def calibrate(run_dirs: Sequence[Path], store: TileStore, jobs: int) -> tuple[Se
 
 
 def _with_views(settings: Settings) -> list[Settings]:
-    return [settings._replace(postprocess=settings.postprocess._replace(views=6))]
+    return [settings._replace(views=len(VIEWS))]
 
 
 def _with_extent_bias(settings: Settings) -> list[Settings]:
@@ -216,8 +217,6 @@ def _with_debris_bias(settings: Settings) -> list[Settings]:
 
 
 def _with_crf(settings: Settings) -> list[Settings]:
-    if densecrf is None:
-        return []
     return [settings._replace(postprocess=settings.postprocess._replace(crf=crf)) for crf in CRF_OPTIONS]
 
 
@@ -248,6 +247,7 @@ def write_calibration(
     """Write settings and results as JSON for `pack` and for the report."""
     content = {
         "runs": [Path(run).name for run in runs],
+        "views": settings.views,
         "class_bias": list(settings.class_bias),
         "postprocess": settings.postprocess._asdict(),
         "steps": [result._asdict() for result in results],

@@ -1,5 +1,6 @@
 """The typed configuration of a training run: dataclasses, YAML file and `key=value` overrides."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
@@ -29,6 +30,13 @@ class DataConfig:
     # What a phase-1 label's glacier of either kind counts as in training. "set": the loss leaves the kind
     # open. "clean": clean ice, right for five sixths of it (published shares: 25.4 % clean, 4.9 % debris).
     unsplit_glacier: str = "set"
+    # What bands are normalised with, in training and evaluation. "statistics": mean and standard deviation of
+    # the fold's training tiles, as `solution.py` does. "percentile": each tile's own 2nd percentile becomes 0
+    # and its 98th 1; for comparisons, `solution.py` cannot ship it.
+    scaling: str = "statistics"
+    # Share of crops into which a rectangle of a crop of another tile is pasted, labels alike: CutMix (Yun et
+    # al. 2019, arXiv 1905.04899).
+    mix: float = 0.0
     workers: int = 0  # processes that prepare crops; 0: in the training process
 
 
@@ -58,17 +66,31 @@ class ModelConfig:
     # Momentum of BatchNorm's running statistics. The EfficientNet encoders come with 0.01, which needs more
     # steps than a short run has before its statistics mean anything. null: as the network defines it.
     batchnorm_momentum: Optional[float] = 0.1
+    imagenet: bool = False  # start the encoder from ImageNet; see `train.pretrained` for which encoders can
     init: Optional[str] = None  # folder of a run whose fold of the same number gives the first weights
+    # Checkpoint of `make pretrain`: it gives the first weights, and the statistics that normalise the bands.
+    pretrained: Optional[str] = None
 
 
 @dataclass
 class LossConfig:
-    """Focal and Dice loss on set-valued labels; see `train.losses`."""
+    """A weighted sum of losses on set-valued labels; see `train.losses`."""
 
     focal: float = 1.0  # weight of the focal term
     dice: float = 1.0  # weight of the Dice term
     gamma: float = 2.0  # focusing exponent; 0 gives cross-entropy
     class_weights: Optional[list[float]] = None  # of the four classes in the focal term; null: equal
+    mcc: float = 0.0  # weight of 1 - Matthews correlation of the batch
+    # Weight of the cross-entropy that is weighted by exp(-d / boundary_sigma), d the distance in pixels to
+    # the nearest border between classes, and interface_weight times as much for that of glacier and debris.
+    boundary: float = 0.0
+    boundary_sigma: float = 3.0  # pixels
+    interface_weight: float = 5.0
+    boundary_ramp_epochs: int = 0  # the weight of the boundary term rises linearly over the first so many
+    tversky: float = 0.0  # weight of the Tversky term
+    tversky_alpha: float = 0.3  # weight of false positives in it (Salehi et al. 2017, arXiv 1706.05721),
+    tversky_beta: float = 0.7  # and of false negatives; both 0.5 is Dice
+    lovasz: float = 0.0  # weight of the Lovasz-softmax term
 
 
 @dataclass
@@ -76,11 +98,16 @@ class OptimConfig:
     """AdamW, its learning rate over time, and the averaging of weights."""
 
     lr: float = 1e-3
+    encoder_lr_factor: float = 1.0  # the encoder learns at this many times `lr`
     weight_decay: float = 1e-2
     grad_clip: float = 1.0  # largest norm of the gradient; 0: unlimited
     warmup_steps: int = 40  # the learning rate rises linearly over these steps
+    # After the warm-up: "plateau" follows the two settings below, "cosine" falls to 0 at the run's last step,
+    # "restarts" does so every `restart_epochs` and starts again from `lr`.
+    schedule: str = "plateau"
     plateau_factor: float = 0.5  # the learning rate is multiplied by it ...
     plateau_patience: int = 3  # ... after more than this many epochs without a better val_mcc
+    restart_epochs: int = 10
     ema_decay: float = 0.99  # of the moving average of the weights, reached by a ramp; 0: no averaging
 
 
@@ -90,6 +117,9 @@ class TrainConfig:
 
     epochs: int = 20
     early_stop: int = 8  # stop after this many epochs without a better val_mcc; 0: never
+    # Whose weights the fold keeps: "best", the epoch with the best val_mcc, or "last". Choosing by the tiles
+    # that are held out flatters their score; a schedule that ends at 0 has no need to choose.
+    keep: str = "best"
     seed: int = 0
     threads: int = 0  # CPU threads of PyTorch; 0: all cores that the process may use
 
@@ -109,6 +139,10 @@ class Config:
 # Settings that change how fast a run is but not what it is meant to compute: a resumed run may change them.
 RESOURCE_KEYS = ("data.store", "data.workers", "train.threads")
 
+SCALINGS = ("statistics", "percentile")
+SCHEDULES = ("plateau", "cosine", "restarts")
+LOSS_TERMS = ("focal", "dice", "mcc", "boundary", "tversky", "lovasz")  # settings that weigh a term
+
 
 def load_config(path: Union[str, Path, None] = None, overrides: Sequence[str] = ()) -> Config:
     """Return the defaults, changed by a YAML file, changed by overrides such as "optim.lr=3e-4".
@@ -120,7 +154,7 @@ def load_config(path: Union[str, Path, None] = None, overrides: Sequence[str] = 
     if path is not None:
         tree = _merge(tree, _read_yaml(Path(path)), str(path))
     for override in overrides:
-        tree = _merge(tree, _parse_override(override), f"command line ({override})")
+        tree = _merge(tree, parse_override(override), f"command line ({override})")
     return _finish(tree, str(path))
 
 
@@ -137,6 +171,21 @@ def to_dict(config: Config) -> dict:
 def from_dict(settings: dict, source: str) -> Config:
     """Return the config that `to_dict` stored; raises ConfigError, in which `source` is named."""
     return _finish(_merge(OmegaConf.structured(Config), OmegaConf.create(settings), source), source)
+
+
+def change_config(config: Config, settings: dict, source: str) -> Config:
+    """Return a config changed by nested settings such as {"optim": {"lr": 3e-4}}, as by a YAML file.
+
+    Raises ConfigError, in which `source` is named.
+    """
+    return _finish(_merge(OmegaConf.structured(config), OmegaConf.create(settings), source), source)
+
+
+def describe_differences(config: Config, other: Config) -> str:
+    """Return the settings of `config` that `other` has not, such as "loss.mcc=0.35, loss.gamma=4.0"."""
+    flat = _flatten(to_dict(config))
+    keys = differing_keys(config, other)
+    return ", ".join(f"{key}={flat[key]}" if key in flat else f"no {key}" for key in keys)
 
 
 def differing_keys(config: Config, other: Config) -> list[str]:
@@ -159,11 +208,14 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
     classes = len(CLASS_NAMES)
     shares, scale, weights = data.class_shares, augment.scale, loss.class_weights
     momentum = config.model.batchnorm_momentum
+    terms = {name: getattr(loss, name) for name in LOSS_TERMS}
     return [
         ("data.crop", data.crop, _is_crop(data.crop), f"a positive multiple of {STRIDE}"),
         ("data.batch_size", data.batch_size, data.batch_size >= 2, "2 or more (BatchNorm needs a batch)"),
         ("data.steps_per_epoch", data.steps_per_epoch, data.steps_per_epoch >= 1, "1 or more"),
         ("data.class_shares", shares, _is_weights(shares), f"{classes} numbers >= 0, not all 0"),
+        ("data.scaling", data.scaling, data.scaling in SCALINGS, " or ".join(SCALINGS)),
+        ("data.mix", data.mix, 0 <= data.mix <= 1, "0 to 1"),
         ("data.workers", data.workers, data.workers >= 0, "0 or more"),
         ("augment.affine_share", augment.affine_share, 0 <= augment.affine_share <= 1, "0 to 1"),
         ("augment.rotate", augment.rotate, 0 <= augment.rotate <= 180, "0 to 180 degrees"),
@@ -172,9 +224,14 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
         ("augment.offset", augment.offset, augment.offset >= 0, "0 or more"),
         ("augment.illumination", augment.illumination, 0 <= augment.illumination < 1, "0 or more, under 1"),
         ("model.batchnorm_momentum", momentum, momentum is None or 0 < momentum <= 1, "null or 0 to 1"),
-        ("loss.focal", loss.focal, loss.focal >= 0, "0 or more"),
-        ("loss.dice", loss.dice, loss.dice >= 0, "0 or more"),
-        ("loss.focal", loss.focal, loss.focal + loss.dice > 0, "more than 0, or loss.dice more than 0"),
+        (
+            "model.pretrained",
+            config.model.pretrained,
+            not (config.model.pretrained and (config.model.init or config.model.imagenet)),
+            "null where model.init or model.imagenet gives the first weights",
+        ),
+        *((f"loss.{term}", weight, 0 <= weight < math.inf, "0 or more") for term, weight in terms.items()),
+        ("loss.focal", loss.focal, sum(terms.values()) > 0, f"more than 0, or one of {', '.join(terms)}"),
         ("loss.gamma", loss.gamma, loss.gamma >= 0, "0 or more"),
         (
             "loss.class_weights",
@@ -182,7 +239,18 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
             weights is None or _is_weights(weights),
             f"null or {classes} numbers",
         ),
+        ("loss.boundary_sigma", loss.boundary_sigma, 0 < loss.boundary_sigma <= 32, "0 to 32 pixels"),
+        ("loss.interface_weight", loss.interface_weight, loss.interface_weight >= 1, "1 or more"),
+        ("loss.boundary_ramp_epochs", loss.boundary_ramp_epochs, loss.boundary_ramp_epochs >= 0, "0 or more"),
+        ("loss.tversky_alpha", loss.tversky_alpha, loss.tversky_alpha > 0, "more than 0"),
+        ("loss.tversky_beta", loss.tversky_beta, loss.tversky_beta > 0, "more than 0"),
         ("optim.lr", optim.lr, optim.lr > 0, "more than 0"),
+        (
+            "optim.encoder_lr_factor",
+            optim.encoder_lr_factor,
+            0 <= optim.encoder_lr_factor < math.inf,
+            "0 or more",
+        ),
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
         ("optim.grad_clip", optim.grad_clip, optim.grad_clip >= 0, "0 or more"),
         ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more"),
@@ -192,11 +260,14 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
             data.unsplit_glacier in ("set", "clean"),
             "set or clean",
         ),
+        ("optim.schedule", optim.schedule, optim.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         ("optim.plateau_factor", optim.plateau_factor, 0 < optim.plateau_factor < 1, "between 0 and 1"),
         ("optim.plateau_patience", optim.plateau_patience, optim.plateau_patience >= 0, "0 or more"),
+        ("optim.restart_epochs", optim.restart_epochs, optim.restart_epochs >= 1, "1 or more"),
         ("optim.ema_decay", optim.ema_decay, 0 <= optim.ema_decay < 1, "0 or more, under 1"),
         ("train.epochs", train.epochs, train.epochs >= 1, "1 or more"),
         ("train.early_stop", train.early_stop, train.early_stop >= 0, "0 or more"),
+        ("train.keep", train.keep, train.keep in ("best", "last"), "best or last"),
         ("train.seed", train.seed, 0 <= train.seed < 2**31, "0 to 2147483647"),
         ("train.threads", train.threads, train.threads >= 0, "0 or more"),
     ]
@@ -227,7 +298,8 @@ def _read_yaml(path: Path) -> DictConfig:
     return tree
 
 
-def _parse_override(override: str) -> DictConfig:
+def parse_override(override: str) -> DictConfig:
+    """Return the nested setting that text such as "optim.lr=3e-4" states; ConfigError for other text."""
     key, equals, _ = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"'{override}' is no override; expected key=value such as optim.lr=3e-4")
@@ -235,12 +307,20 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _merge(tree: DictConfig, changes: DictConfig, source: str) -> DictConfig:
-    """Merge with OmegaConf, whose errors become one line that says where, what and what is allowed."""
+    """Merge with OmegaConf, whose errors become one line that says where, what and what is allowed.
+
+    A network's arguments mean nothing to another: changes that give both its name and its arguments replace
+    all arguments, where others only add to them.
+    """
     for group in changes:
         if OmegaConf.is_dict(tree.get(str(group))) and not OmegaConf.is_dict(changes[group]):
             allowed = ", ".join(f"{group}.{key}" for key in tree[group])
             raise ConfigError(f"{source}: '{group}' is a group of settings and takes no value; set {allowed}")
     try:
+        model = changes.get("model")
+        if model is not None and {"name", "args"} <= set(model):
+            tree = tree.copy()
+            tree.model.args = {}
         return OmegaConf.merge(tree, changes)
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise ConfigError(f"{source}: {_explain_unknown(tree, error.full_key)}") from error

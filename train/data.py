@@ -1,7 +1,9 @@
 """Training crops drawn around class-balanced pixels and augmented; whole tiles for validation."""
 
 import math
-from typing import Iterator, NamedTuple, Sequence
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Iterator, NamedTuple, Optional
 
 import cv2
 import numpy as np
@@ -10,9 +12,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prep.labels import CODE_CLASSES, GLACIER_OR_DEBRIS, IGNORE
 from prep.stats import compute
-from prep.store import TileStore
+from prep.store import SPLIT_SCHEME, TileStore
 from solution import BANDS, CLASS_NAMES, normalize, valid_mask
 from train.config import AugmentConfig, Config, DataConfig
+
+PERCENTILES = (2, 98)
+MIX_TRIES = 8  # draws after which a crop is mixed with one of its own tile
+IN_MEMORY_TILES = 256  # 3 GB; tiles of a larger training set are read when a crop is cut from them
 
 
 class DataError(Exception):
@@ -24,12 +30,14 @@ class Tile(NamedTuple):
 
     `values`: (H, W, 5) float32, normalised, 0 where nodata. `weights`: (H, W, 5) float32, 1 where the band
     has a value, else 0. `codes`: (H, W) uint8 label codes of `prep.labels`, IGNORE where no band has one.
+    `normalization`: what `values` were normalised with, None for what all tiles of the fold were.
     """
 
     tile_id: str
     values: np.ndarray
     weights: np.ndarray
     codes: np.ndarray
+    normalization: Optional[dict] = None
 
 
 class Draw(NamedTuple):
@@ -64,29 +72,109 @@ def split_tiles(store: TileStore, scheme: str, fold: int) -> tuple[list[str], li
     return train, val
 
 
-def load_tiles(store: TileStore, tile_ids: Sequence[str], normalization: dict) -> list[Tile]:
+def tile_normalization(image: np.ndarray, scaling: str, normalization: dict) -> dict:
+    """Return the {"mean", "std"} with which `solution.normalize` scales a tile as `data.scaling` says.
+
+    Args:
+        image: (H, W, 5) physical units, NaN where nodata.
+        scaling: "statistics" returns `normalization`; "percentile" makes the 2nd percentile of each band of
+            the tile 0 and its 98th 1, without clipping what lies outside.
+        normalization: of the training tiles; taken for a band that has no range of values in the tile.
+    """
+    if scaling == "statistics":
+        return normalization
+    mean, std = list(normalization["mean"]), list(normalization["std"])
+    for band in range(len(BANDS)):
+        values = image[..., band][~np.isnan(image[..., band])]
+        low, high = np.percentile(values, PERCENTILES) if values.size else (0.0, 0.0)
+        if high > low:
+            mean[band], std[band] = float(low), float(high - low)
+    return {"mean": mean, "std": std}
+
+
+def load_tiles(
+    store: TileStore, tile_ids: Sequence[str], normalization: dict, scaling: str = "statistics"
+) -> list[Tile]:
     """Read tiles into memory (about 11 MB for one of 512 x 512) and normalise them.
 
     Args:
         store: the tile store.
         tile_ids: which tiles.
         normalization: {"mean": 5 numbers, "std": 5 numbers} of the training tiles, physical units.
+        scaling: see `tile_normalization`.
     """
-    return [_load_tile(store, tile_id, normalization) for tile_id in tile_ids]
+    return [_load_tile(store, tile_id, normalization, scaling) for tile_id in tile_ids]
 
 
-def _load_tile(store: TileStore, tile_id: str, normalization: dict) -> Tile:
+def _load_tile(store: TileStore, tile_id: str, normalization: dict, scaling: str) -> Tile:
     image = store.image(tile_id)
+    normalization = tile_normalization(image, scaling, normalization)
     values = np.ascontiguousarray(normalize(image, normalization).transpose(1, 2, 0))
     weights = (~np.isnan(image)).astype(np.float32)
     codes = np.where(valid_mask(image), store.mask(tile_id), IGNORE).astype(np.uint8)
-    return Tile(tile_id, values, weights, codes)
+    return Tile(tile_id, values, weights, codes, normalization)
 
 
 def count_unsplit_as_clean(tile: Tile) -> Tile:
     """Return a tile whose glacier of unknown kind counts as clean ice."""
-    clean = np.uint8(CLASS_NAMES.index("glacier"))
-    return tile._replace(codes=np.where(tile.codes == GLACIER_OR_DEBRIS, clean, tile.codes))
+    return tile._replace(codes=as_clean(tile.codes))
+
+
+def as_clean(codes: np.ndarray) -> np.ndarray:
+    """Return label codes, uint8, with clean ice for glacier of unknown kind."""
+    return np.where(codes == GLACIER_OR_DEBRIS, np.uint8(CLASS_NAMES.index("glacier")), codes)
+
+
+class StoredTiles(Sequence):
+    """Tiles that are read from the store when they are asked for; otherwise the same as `load_tiles`."""
+
+    def __init__(
+        self,
+        store: TileStore,
+        tile_ids: Sequence[str],
+        normalization: dict,
+        unsplit: str = "set",
+        scaling: str = "statistics",
+    ) -> None:
+        """Serve these tiles in their order; `unsplit` and `scaling` are settings of `data`."""
+        self.store = store
+        self.tile_ids = list(tile_ids)
+        self.unsplit = unsplit
+        self._read = lru_cache(maxsize=4)(
+            partial(_load_tile, store, normalization=normalization, scaling=scaling)
+        )
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        return len(self.tile_ids)
+
+    def __getitem__(self, index: int) -> Tile:
+        """Read one tile."""
+        tile = self._read(self.tile_ids[index])
+        return tile._replace(codes=self._change(tile.codes))
+
+    def codes(self, index: int) -> np.ndarray:
+        """Read the label codes of a tile alone, (H, W) uint8."""
+        return self._change(self.store.mask(self.tile_ids[index]))
+
+    def _change(self, codes: np.ndarray) -> np.ndarray:
+        return as_clean(codes) if self.unsplit == "clean" else codes
+
+
+class StoredCodes(Sequence):
+    """The label codes of StoredTiles, read one at a time."""
+
+    def __init__(self, tiles: StoredTiles) -> None:
+        """Serve the codes of `tiles`."""
+        self.tiles = tiles
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        return len(self.tiles)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Read one tile's codes."""
+        return self.tiles.codes(index)
 
 
 class PixelSampler:
@@ -98,14 +186,22 @@ class PixelSampler:
     """
 
     def __init__(self, masks: Sequence[np.ndarray], class_shares: Sequence[float]) -> None:
-        """Index the pixels of `masks`, each (H, W) uint8 label codes.
+        """Find out which of `masks`, each (H, W) uint8 label codes, hold which class.
 
+        The pixels themselves are kept for masks in a list; StoredCodes are searched again at each draw.
         Raises DataError where no pixel is of a class whose share is above 0.
         """
-        self._widths = [mask.shape[1] for mask in masks]
-        # class -> [(tile index, flat pixel indices)], only tiles with candidates
-        self._pixels = [_index_class(masks, of_class) for of_class in range(len(CLASS_NAMES))]
-        occurs = np.array([len(tiles) > 0 for tiles in self._pixels])
+        self._masks = masks
+        self._index: dict[tuple[int, int], np.ndarray] = {}  # (tile, class): flat pixel indices
+        self._holders: list[list[int]] = [[] for _ in CLASS_NAMES]  # class: tiles with candidates
+        for number, mask in enumerate(masks):
+            for of_class, holders in enumerate(self._holders):
+                pixels = pixels_of(mask, of_class)
+                if pixels.size:
+                    holders.append(number)
+                    if not isinstance(masks, StoredCodes):
+                        self._index[number, of_class] = pixels
+        occurs = np.array([len(holders) > 0 for holders in self._holders])
         shares = np.where(occurs, np.asarray(class_shares, np.float64), 0.0)
         if shares.sum() == 0:
             wanted = ", ".join(f"{name} {share:g}" for name, share in zip(CLASS_NAMES, class_shares))
@@ -115,22 +211,22 @@ class PixelSampler:
     def draw(self, rng: np.random.Generator) -> Draw:
         """Return one pixel."""
         of_class = int(rng.choice(len(self.shares), p=self.shares))
-        tiles = self._pixels[of_class]
-        tile, pixels = tiles[rng.integers(len(tiles))]
-        row, col = divmod(int(pixels[rng.integers(len(pixels))]), self._widths[tile])
+        holders = self._holders[of_class]
+        tile = holders[rng.integers(len(holders))]
+        mask = self._masks[tile]
+        pixels = self._index.get((tile, of_class))
+        pixels = pixels_of(mask, of_class) if pixels is None else pixels
+        row, col = divmod(int(pixels[rng.integers(len(pixels))]), mask.shape[1])
         return Draw(tile, row, col, of_class)
 
 
-def _index_class(masks: Sequence[np.ndarray], of_class: int) -> list[tuple[int, np.ndarray]]:
-    sets = [code for code, classes in CODE_CLASSES.items() if of_class in classes and len(classes) > 1]
-    found = []
-    for index, mask in enumerate(masks):
-        pixels = np.flatnonzero(mask == of_class)  # certain labels: the code is the class
-        if pixels.size == 0:
-            pixels = np.flatnonzero(np.isin(mask, sets))
-        if pixels.size:
-            found.append((index, pixels.astype(np.int32)))
-    return found
+def pixels_of(codes: np.ndarray, of_class: int) -> np.ndarray:
+    """Return flat int32 indices of the pixels of a class: the certain ones, else those of sets with it."""
+    pixels = np.flatnonzero(codes == of_class)  # certain labels: the code is the class
+    if pixels.size == 0:
+        sets = [code for code, classes in CODE_CLASSES.items() if of_class in classes and len(classes) > 1]
+        pixels = np.flatnonzero(np.isin(codes, sets))
+    return pixels.astype(np.int32)
 
 
 def cut(tile: Tile, draw: Draw, size: int, rng: np.random.Generator) -> Crop:
@@ -230,6 +326,21 @@ def jitter(
     return values * gain.astype(np.float32) + offset.astype(np.float32)
 
 
+def paste_rectangle(crop: Crop, other: Crop, rng: np.random.Generator) -> Crop:
+    """Return `crop` with a rectangle of `other`, of the same size, in its place: values and codes alike.
+
+    As in CutMix (Yun et al. 2019, arXiv 1905.04899): the share of the area is uniform in 0 to 1, the
+    rectangle has the crop's shape, its centre is uniform in the crop, and what sticks out is lost.
+    """
+    size = len(crop.codes)
+    half = size * math.sqrt(rng.random()) / 2
+    row, col = rng.integers(size, size=2)
+    rows, cols = (slice(max(0, round(centre - half)), round(centre + half)) for centre in (row, col))
+    values, codes = crop.values.copy(), crop.codes.copy()
+    values[rows, cols], codes[rows, cols] = other.values[rows, cols], other.codes[rows, cols]
+    return Crop(values, codes)
+
+
 class CropDataset(Dataset):
     """Training crops. Item `epoch * len + i` depends on seed, epoch and i only, so runs can be resumed."""
 
@@ -241,9 +352,12 @@ class CropDataset(Dataset):
         self.normalization = normalization
         self.size = data.crop
         self.augment = augment
+        self.mix = data.mix
         self.seed = seed
         self.length = data.steps_per_epoch * data.batch_size
-        self.pixels = PixelSampler([tile.codes for tile in tiles], data.class_shares)
+        stored = isinstance(tiles, StoredTiles)
+        masks = StoredCodes(tiles) if stored else [tile.codes for tile in tiles]
+        self.pixels = PixelSampler(masks, data.class_shares)
         cv2.setNumThreads(1)  # crops are small; the cores are busy with the network
 
     def __len__(self) -> int:
@@ -255,6 +369,8 @@ class CropDataset(Dataset):
         epoch, number = divmod(index, self.length)
         rng = np.random.default_rng([self.seed, epoch, number])
         crop, draw = self.crop(rng)
+        if self.mix > 0 and rng.random() < self.mix:
+            crop = paste_rectangle(crop, self._crop_of_another_tile(draw.tile, rng), rng)
         image = np.nan_to_num(crop.values.transpose(2, 0, 1), nan=0.0)
         codes = np.ascontiguousarray(crop.codes)
         return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(codes), draw.of_class
@@ -262,13 +378,24 @@ class CropDataset(Dataset):
     def crop(self, rng: np.random.Generator) -> tuple[Crop, Draw]:
         """Return one augmented crop and the pixel it was made around."""
         draw = self.pixels.draw(rng)
+        return self._crop_around(draw, rng), draw
+
+    def _crop_of_another_tile(self, tile: int, rng: np.random.Generator) -> Crop:
+        for _ in range(MIX_TRIES):
+            draw = self.pixels.draw(rng)
+            if draw.tile != tile:
+                break
+        return self._crop_around(draw, rng)
+
+    def _crop_around(self, draw: Draw, rng: np.random.Generator) -> Crop:
         tile = self.tiles[draw.tile]
         if rng.random() < self.augment.affine_share:
             crop = cut_affine(tile, draw, self.size, self.augment, rng)
         else:
             crop = cut(tile, draw, self.size, rng)
         crop = flip_and_turn(crop, self.augment, rng)
-        return crop._replace(values=jitter(crop.values, self.normalization, self.augment, rng)), draw
+        normalization = tile.normalization or self.normalization
+        return crop._replace(values=jitter(crop.values, normalization, self.augment, rng))
 
 
 class EpochSampler(Sampler):
@@ -322,18 +449,27 @@ class FoldData(NamedTuple):
     val_loader: DataLoader
 
 
-def open_fold(config: Config, fold: int) -> FoldData:
-    """Read a fold's tiles, normalised by the statistics of its training tiles alone.
+def open_fold(config: Config, fold: int, normalization: Optional[dict] = None) -> FoldData:
+    """Read a fold's tiles, normalised by the statistics of its training tiles alone, or by those given.
+
+    With `data.scaling` percentile, each tile is normalised by itself (`tile_normalization`).
 
     Raises DataError or `prep.store.StoreError`.
     """
     store = TileStore(config.data.store)
     train_ids, val_ids = split_tiles(store, config.data.scheme, fold)
-    statistics = compute(store, train_ids)
-    normalization = {"mean": statistics["mean"], "std": statistics["std"]}
-    tiles = load_tiles(store, train_ids, normalization)
-    if config.data.unsplit_glacier == "clean":
-        tiles = [count_unsplit_as_clean(tile) for tile in tiles]
+    if normalization is None:
+        # stats.json of a store with training and validation ids is that of its training tiles
+        statistics = store.stats if config.data.scheme == SPLIT_SCHEME else compute(store, train_ids)
+        normalization = {"mean": statistics["mean"], "std": statistics["std"]}
+    scaling = config.data.scaling
+    if len(store.tile_ids) > IN_MEMORY_TILES:
+        tiles = StoredTiles(store, train_ids, normalization, config.data.unsplit_glacier, scaling)
+        val_tiles = StoredTiles(store, val_ids, normalization, scaling=scaling)
+    else:
+        tiles, val_tiles = (load_tiles(store, ids, normalization, scaling) for ids in (train_ids, val_ids))
+        if config.data.unsplit_glacier == "clean":
+            tiles = [count_unsplit_as_clean(tile) for tile in tiles]
     dataset = CropDataset(tiles, normalization, config.data, config.augment, config.train.seed)
     train_loader = DataLoader(
         dataset,
@@ -343,5 +479,5 @@ def open_fold(config: Config, fold: int) -> FoldData:
         persistent_workers=config.data.workers > 0,
     )
     # tiles may differ in size, so one at a time
-    val_loader = DataLoader(TileDataset(load_tiles(store, val_ids, normalization)), batch_size=1)
+    val_loader = DataLoader(TileDataset(val_tiles), batch_size=1)
     return FoldData(train_ids, val_ids, normalization, dataset, train_loader, val_loader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from solution import (
     VIEWS,
     Member,
     Model,
+    Pass,
     Postprocess,
     ensemble_probabilities,
     load_member,
+    prepare_torch,
     usable_cores,
 )
+from train.data import tile_normalization
 from train.fit import FOLD_FILE, FOLD_FORMAT, RunError
 
 PASSES_FOLDER = "passes"  # <tile_id>.npy: (6, 4, H, W) float16, the probabilities of each view
@@ -58,13 +62,24 @@ def as_member(record: dict) -> Member:
     return load_member({**record, "weight": 1.0}, f"fold {record['fold']}", device)
 
 
-def predict_views(member: Member, image: np.ndarray) -> np.ndarray:
-    """Return the class probabilities of an image (H, W, 5) in each view, (6, 4, H, W) float16."""
+def predict_views(member: Member, image: np.ndarray, views: int = len(VIEWS)) -> np.ndarray:
+    """Return the class probabilities of an image (H, W, 5) in the first views, (views, 4, H, W) float16."""
     device = next(member.network.parameters()).device
-    no_bias = (0.0,) * len(CLASS_NAMES)
-    model = Model((member,), no_bias, Postprocess(), device)
-    maps = [ensemble_probabilities(model, image, (view,)) for view in VIEWS]
+    passes = tuple(Pass(0, number) for number in range(views))
+    model = Model((member,), passes, (0.0,) * len(CLASS_NAMES), Postprocess(), math.inf, device)
+    maps = [ensemble_probabilities(model, image, (view,)).probs for view in passes]
     return np.stack(maps).astype(np.float16)
+
+
+def scaled_for(member: Member, record: dict, image: np.ndarray) -> Member:
+    """Return a fold's member with the normalisation of `image` that the fold was trained with."""
+    scaling = record.get("scaling", "statistics")  # records of older runs say nothing
+    return member._replace(normalization=tile_normalization(image, scaling, record["normalization"]))
+
+
+def mean_of_views(passes: np.ndarray) -> np.ndarray:
+    """Return the mean of (views, 4, H, W) over the views, (4, H, W) float16."""
+    return passes.mean(axis=0, dtype=np.float32).astype(np.float16)
 
 
 def predict_run(run_dir: Path, store: TileStore) -> None:
@@ -75,8 +90,7 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
     run_dir = Path(run_dir)
     for folder in (PASSES_FOLDER, OOF_FOLDER):
         (run_dir / folder).mkdir(exist_ok=True)
-    torch.set_num_threads(usable_cores())
-    torch.set_flush_denormal(True)
+    prepare_torch(usable_cores())
     records = read_folds(run_dir)
     with tqdm(total=sum(len(record["val_tiles"]) for record in records), unit="tile", file=sys.stderr) as bar:
         for record in records:
@@ -85,11 +99,9 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
             bar.update(len(record["val_tiles"]) - len(todo))
             member = as_member(record) if todo else None
             for tile in todo:
-                passes = predict_views(member, store.image(tile))
-                np.save(
-                    run_dir / OOF_FOLDER / f"{tile}.npy",
-                    passes.mean(axis=0, dtype=np.float32).astype(np.float16),
-                )
+                image = store.image(tile)
+                passes = predict_views(scaled_for(member, record, image), image)
+                np.save(run_dir / OOF_FOLDER / f"{tile}.npy", mean_of_views(passes))
                 np.save(
                     run_dir / PASSES_FOLDER / f"{tile}.npy", passes
                 )  # last: its presence means both are whole

@@ -22,11 +22,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 
 from prep.labels import CODE_NAMES
-from prep.store import TileStore
-from solution import CLASS_NAMES, usable_cores
+from prep.store import TileStore, locked, name_some
+from solution import CLASS_NAMES, prepare_torch, usable_cores
 from train.config import Config, differing_keys, load_config, save_config, to_dict
 from train.data import FoldData, open_fold
 from train.module import RampedAveraging, SegmentationModule
+from train.pretrained import load_imagenet
+from train.transfer import input_identity, read_pretrained
 
 FOLD_FORMAT = "glacier-kit-fold/1"
 FOLD_FILE = "fold.pt"
@@ -45,7 +47,8 @@ def fit_all(config: Config, run_dir: Path, folds: Optional[Sequence[int]] = None
     Raises what `fit_fold` raises.
     """
     if folds is None:
-        folds = sorted(set(TileStore(config.data.store).fold_of(config.data.scheme).values()))
+        numbers = set(TileStore(config.data.store).fold_of(config.data.scheme).values())
+        folds = sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
     records = [fit_fold(config, fold, run_dir) for fold in folds]
     print(format_records(records), flush=True)
     return records
@@ -64,7 +67,7 @@ def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callb
         callbacks: further Lightning callbacks.
 
     Raises:
-        RunError: the folder holds a run with another config or other tiles.
+        RunError: the folder holds a run with another config or other tiles, or another process fills it.
         train.data.DataError, prep.store.StoreError: the tiles cannot serve.
     """
     folder = Path(run_dir) / f"fold{fold}"
@@ -73,24 +76,32 @@ def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callb
         record = read_record(folder / FOLD_FILE)
         print(f"fold {fold}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
         return record
-    torch.set_num_threads(config.train.threads or usable_cores())
-    torch.set_flush_denormal(True)  # trained networks slow down several-fold on a CPU without it
-    data = open_fold(config, fold)
+    prepare_torch(config.train.threads or usable_cores())
+    data = open_fold(config, fold, first_normalization(config, fold))
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFIG_FILE, lambda path: save_config(config, path))
-    print(describe_fold(fold, data), flush=True)
-    recorder = Recorder(folder, fold, config, data)
-    with quiet_lightning():
-        _run_lightning(config, data, recorder, callbacks)
-    record = recorder.record()
-    write_whole(folder / FOLD_FILE, lambda path: torch.save(record, path))
-    (folder / RESUME_FILE).unlink(missing_ok=True)  # several times the size of fold.pt, and of no more use
+    with locked(folder, wait=False) as alone:
+        if not alone:
+            raise RunError(f"{folder}: another process trains it. Wait for it, or name another --run.")
+        write_whole(folder / CONFIG_FILE, lambda path: save_config(config, path))
+        print(describe_fold(fold, data), flush=True)
+        recorder = Recorder(folder, fold, config, data)
+        with quiet_lightning():
+            _run_lightning(config, data, recorder, callbacks)
+        record = recorder.record()
+        write_whole(folder / FOLD_FILE, lambda path: torch.save(record, path))
+        (folder / RESUME_FILE).unlink(missing_ok=True)  # several times the size of fold.pt, of no more use
     return read_record(folder / FOLD_FILE)
 
 
 def _run_lightning(config: Config, data: FoldData, recorder: "Recorder", more: Sequence[Callback]) -> None:
     pl.seed_everything(config.train.seed, verbose=False)
     module = SegmentationModule(config)
+    if config.model.imagenet:
+        load_imagenet(module.network, config.model.args["encoder_name"])
+    if config.model.pretrained:
+        module.network.load_state_dict(
+            read_pretrained(config.model.pretrained, arch_of(config))["state_dict"]
+        )
     if config.model.init:
         module.network.load_state_dict(first_weights(config, recorder.fold, data))
     # in this order: the average is validated, judged and then recorded
@@ -128,9 +139,7 @@ def first_weights(config: Config, fold: int, data: FoldData) -> dict[str, torch.
 
     Raises RunError where it is missing, another network, or has seen tiles that this fold holds out.
     """
-    path = Path(config.model.init) / f"fold{fold}" / FOLD_FILE
-    if not path.is_file():
-        raise RunError(f"model.init: {path} does not exist. Train that run first, or leave model.init out.")
+    path = init_file(config, fold)
     record = torch.load(path, map_location="cpu", weights_only=True)
     arch = arch_of(config)
     if record["arch"] != arch:
@@ -144,6 +153,24 @@ def first_weights(config: Config, fold: int, data: FoldData) -> dict[str, torch.
             "run of the same fold scheme."
         )
     return record["state_dict"]
+
+
+def init_file(config: Config, fold: int) -> Path:
+    """Return the same fold's checkpoint in the run that `model.init` names; RunError where it is missing."""
+    path = Path(config.model.init) / f"fold{fold}" / FOLD_FILE
+    if not path.is_file():
+        raise RunError(f"model.init: {path} does not exist. Train that run first, or leave model.init out.")
+    return path
+
+
+def first_normalization(config: Config, fold: int) -> Optional[dict]:
+    """Return the statistics that the first weights were trained with; None where they are random.
+
+    Raises RunError or ConfigError as `first_weights` and `read_pretrained`.
+    """
+    if config.model.pretrained:
+        return read_pretrained(config.model.pretrained, arch_of(config))["normalization"]
+    return read_record(init_file(config, fold))["normalization"] if config.model.init else None
 
 
 def _early_stopping(config: Config) -> list[Callback]:
@@ -189,7 +216,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 class Recorder(Callback):
-    """Keeps the history and the best weights of a fold, and writes the checkpoint to resume from.
+    """Keeps the history and the best (or last) weights of a fold, and writes the checkpoint to resume from.
 
     All of it is part of that checkpoint, so a resumed run knows of the epochs before.
     """
@@ -201,7 +228,7 @@ class Recorder(Callback):
         self.config = config
         self.data = data
         self.history: list[dict] = []  # a row an epoch
-        self.best: dict[str, Any] = {}  # epoch, val_mcc, val_mcc4, state_dict
+        self.best: dict[str, Any] = {}  # of the epoch kept: epoch, val_mcc, val_mcc4, state_dict
         self._epochs_before = 0  # in the run that is resumed
         self._started = 0.0
 
@@ -236,9 +263,10 @@ class Recorder(Callback):
         self._started = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the averaged weights where they are the best so far."""
+        """Keep the averaged weights where they are the best so far, or whatever they are."""
         scores = {name: float(trainer.callback_metrics[name]) for name in ("val_mcc", "val_mcc4")}
-        if not self.best or scores["val_mcc"] > self.best["val_mcc"]:
+        better = not self.best or scores["val_mcc"] > self.best["val_mcc"]
+        if better or self.config.train.keep == "last":
             weights = _averaging(trainer).network_state()
             self.best = {"epoch": trainer.current_epoch + 1, **scores, "state_dict": weights}
 
@@ -283,9 +311,11 @@ class Recorder(Callback):
         return {
             "format": FOLD_FORMAT,
             "arch": arch_of(self.config),
+            **input_identity(),
             **self.best,
             "fold": self.fold,
             "scheme": self.config.data.scheme,
+            "scaling": self.config.data.scaling,
             **self._data_identity(),
             "epochs": len(self.history),
             "seconds": float(sum(row["seconds"] for row in self.history)),
@@ -352,7 +382,7 @@ def describe_fold(fold: int, data: FoldData) -> str:
         f"{name} {100 * share:.0f} %" for name, share in zip(CLASS_NAMES, data.dataset.pixels.shares)
     )
     return (
-        f"fold {fold}: {len(data.train_ids)} tiles to train on, validation on {', '.join(data.val_ids)}; "
+        f"fold {fold}: {len(data.train_ids)} tiles to train on, validation on {name_some(data.val_ids)}; "
         f"crops drawn around {shares}"
     )
 
@@ -363,7 +393,7 @@ def format_records(records: Sequence[dict]) -> str:
     for record in records:
         lines.append(
             f"{record['fold']:>4}{record['val_mcc']:>10.4f}{record['val_mcc4']:>10.4f}{record['epoch']:>7}"
-            f"{record['epochs']:>4}{record['seconds'] / 60:>9.1f}  {', '.join(record['val_tiles'])}"
+            f"{record['epochs']:>4}{record['seconds'] / 60:>9.1f}  {name_some(record['val_tiles'])}"
         )
     scores = [record["val_mcc"] for record in records]
     lines.append(f"mean{np.mean(scores):>10.4f}")

@@ -1,19 +1,28 @@
-"""Focal and Dice loss for labels that name a set of classes.
+"""Losses for labels that name a set of classes: focal, Dice, MCC, boundary, Tversky, Lovasz.
 
 The target of a pixel is the network's own detached posterior, restricted to the classes its label allows and
 renormalised. A certain label is the special case of a set of one, so there is no second code path, and the
 gradient of the log-likelihood of the set equals that of the cross-entropy against this target.
+
+The exceptions are Tversky and Lovasz-softmax, which are there for comparisons and are those of
+segmentation_models_pytorch: they know certain labels only, and get the likeliest class of the target.
 """
 
+import math
 from typing import NamedTuple, Optional, Sequence
 
 import torch
+from segmentation_models_pytorch.losses import MULTICLASS_MODE, LovaszLoss, TverskyLoss
 from torch import Tensor, nn
 
 from prep.labels import allowed_classes
+from solution import CLASS_NAMES
 from train.config import LossConfig
 
-SMALLEST = 1e-7  # keeps the power and the quotient below differentiable
+SMALLEST = 1e-7  # keeps the power and the quotients below differentiable
+SMALLEST_VARIANCES = 1e-14  # of MCC, below what one pixel among ten million makes
+REACH = 5  # border weights are 0 beyond so many sigmas, where exp(-REACH) is 0.007
+INTERFACE = (CLASS_NAMES.index("glacier"), CLASS_NAMES.index("debris"))
 
 
 class LabelledPixels(NamedTuple):
@@ -79,27 +88,198 @@ def dice_loss(pixels: LabelledPixels) -> Tensor:
     return (difference / total)[present].mean()  # 1 - (total - difference) / total
 
 
+def mcc_loss(pixels: LabelledPixels) -> Tensor:
+    """Return 1 - the multiclass Matthews correlation of the batch's soft confusion matrix.
+
+    Gorodkin 2004, doi 10.1016/j.compbiolchem.2004.09.006. Of the matrix it takes the sum of the diagonal and
+    the margins, here as shares of the pixels. A pixel adds sum_k min(p_k, t_k) to the diagonal, p its
+    probabilities and t its target: p_k of its class for a certain label, and the probability of the set for
+    a set, so that a network is not pushed towards the class of the set that it already prefers. For hard
+    labels and predictions this is the correlation that scikit-learn returns, 0 where it is undefined.
+    """
+    correct = log_likelihood(pixels).exp().mean(dtype=torch.float64)  # single pixels of a class must count
+    predicted = pixels.logits.softmax(dim=-1).mean(dim=0, dtype=torch.float64)  # (4,)
+    labelled = posterior_target(pixels).mean(dim=0, dtype=torch.float64)  # (4,)
+    covariance = correct - (predicted * labelled).sum()
+    variances = (predicted * (1 - predicted)).sum() * (labelled * (1 - labelled)).sum()
+    return (1 - covariance / variances.clamp(min=SMALLEST_VARIANCES).sqrt()).float()
+
+
+def boundary_loss(pixels: LabelledPixels, weights: Tensor) -> Tensor:
+    """Return the mean of -log p weighted by `weights` (N,), p the probability of the allowed classes.
+
+    0 where all weights are 0: a batch without any border between classes.
+    """
+    return -(log_likelihood(pixels) * weights).sum() / weights.sum().clamp(min=SMALLEST)
+
+
+def tversky_loss(pixels: LabelledPixels, alpha: float, beta: float) -> Tensor:
+    """Return 1 - Tversky index over all pixels of the batch, averaged over the classes of `likeliest_class`.
+
+    Args:
+        pixels: logits and allowed classes.
+        alpha: weight of false positives; the index is TP / (TP + alpha FP + beta FN).
+        beta: weight of false negatives. Salehi et al. 2017, arXiv 1706.05721.
+    """
+    labels = likeliest_class(pixels)
+    loss = TverskyLoss(MULTICLASS_MODE, classes=labels.unique().tolist(), alpha=alpha, beta=beta)
+    return loss(pixels.logits.T[None], labels[None])
+
+
+def lovasz_loss(pixels: LabelledPixels) -> Tensor:
+    """Return the Lovasz-softmax loss over all pixels of the batch, averaged over the classes that occur.
+
+    It extends the Jaccard loss to probabilities: Berman et al. 2018, arXiv 1705.08790.
+    """
+    images = pixels.logits.T[None, :, None]  # (1, 4, 1, N)
+    return LovaszLoss(MULTICLASS_MODE)(images, likeliest_class(pixels)[None, None])
+
+
+def likeliest_class(pixels: LabelledPixels) -> Tensor:
+    """Return (N,) int64: the allowed class that the network finds likeliest; for certain labels the class."""
+    return pixels.logits.detach().masked_fill(~pixels.allowed, -torch.inf).argmax(dim=-1)
+
+
+def border_pairs(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which pairs of label codes surely differ in class, and which are glacier beside debris.
+
+    Both (256, 256) bool and symmetric. Codes that share a class (glacier, glacier or debris) may show the
+    same, and one without a class (nodata) shows nothing: no border in either case.
+
+    Args:
+        table: (256, 4) bool, `prep.labels.allowed_classes`.
+    """
+    known = table.any(dim=-1)
+    disjoint = (table.float() @ table.float().T) == 0
+    interface = torch.zeros_like(disjoint)
+    interface[INTERFACE], interface[INTERFACE[::-1]] = True, True
+    return disjoint & known[:, None] & known[None, :], interface
+
+
+def touching(codes: Tensor, pairs: Tensor) -> Tensor:
+    """Return (B, H, W) bool: the pixel and one of its four neighbours have codes that `pairs` names.
+
+    Args:
+        codes: (B, H, W) uint8 label codes.
+        pairs: (256, 256) bool, symmetric.
+    """
+    codes = codes.long()
+    found = torch.zeros_like(codes, dtype=torch.bool)
+    below = pairs[codes[:, 1:], codes[:, :-1]]
+    found[:, 1:] |= below
+    found[:, :-1] |= below
+    right = pairs[codes[:, :, 1:], codes[:, :, :-1]]
+    found[:, :, 1:] |= right
+    found[:, :, :-1] |= right
+    return found
+
+
+def distance_to(marked: Tensor, reach: int) -> Tensor:
+    """Return (B, H, W) float32: Euclidean distance in pixels to the nearest marked pixel, inf beyond `reach`.
+
+    Exact for distances up to `reach`, on any device: the squared distance is a minimum first over the rows,
+    then over the columns, since its two parts add up (Felzenszwalb and Huttenlocher 2012,
+    doi 10.4086/toc.2012.v008a019, with a minimum over all offsets in reach for their lower envelope).
+
+    Args:
+        marked: (B, H, W) bool.
+        reach: pixels.
+    """
+    squares = torch.where(marked, 0.0, torch.inf)
+    for dim in (1, 2):
+        squares = _nearest_along(squares, reach, dim)
+    return torch.where(squares <= reach**2, squares, torch.inf).sqrt()
+
+
+def _nearest_along(squares: Tensor, reach: int, dim: int) -> Tensor:
+    """Return the minimum over offsets o along `dim`, at most `reach`, of the value there plus o^2."""
+    nearest = squares.clone()
+    length = squares.shape[dim]
+    for offset in range(1, min(reach, length - 1) + 1):
+        shifted = squares + offset**2
+        for here, there in ((0, offset), (offset, 0)):
+            part = nearest.narrow(dim, here, length - offset)
+            torch.minimum(part, shifted.narrow(dim, there, length - offset), out=part)
+    return nearest
+
+
+class BorderWeights(nn.Module):
+    """Weights of pixels by their distance d to class borders in label codes.
+
+    exp(-d / sigma), and `interface_weight` times as much of the distance to a border of glacier and debris,
+    whichever is larger; d in pixels, 0 for the pixels on either side of the border, weight 0 beyond REACH
+    sigmas. Weights that fall with the distance: Ronneberger et al. 2015, arXiv 1505.04597.
+    """
+
+    def __init__(self, table: Tensor, sigma: float, interface_weight: float) -> None:
+        """Take the table (256, 4) bool of allowed classes, sigma in pixels, and the interface's weight."""
+        super().__init__()
+        self.sigma = sigma
+        self.interface_weight = interface_weight
+        borders, interface = border_pairs(table)
+        self.register_buffer("borders", borders, persistent=False)
+        self.register_buffer("interface", interface, persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return weights (B, H, W) float32 of label codes (B, H, W) uint8."""
+        weights = self._near(touching(codes, self.borders))
+        interface = touching(codes, self.interface)
+        if interface.any():
+            weights = torch.maximum(weights, self.interface_weight * self._near(interface))
+        return weights
+
+    def _near(self, marked: Tensor) -> Tensor:
+        return torch.exp(-distance_to(marked, math.ceil(REACH * self.sigma)) / self.sigma)
+
+
 class SetLoss(nn.Module):
-    """Weighted sum of focal and Dice loss on logits (B, 4, H, W) and label codes (B, H, W)."""
+    """Weighted sum of losses on logits (B, 4, H, W) and label codes (B, H, W)."""
 
     def __init__(self, config: LossConfig) -> None:
         """Take weights and exponents from the config."""
         super().__init__()
         self.config = config
-        self.register_buffer("table", torch.from_numpy(allowed_classes()) > 0, persistent=False)
+        table = torch.from_numpy(allowed_classes()) > 0
+        self.register_buffer("table", table, persistent=False)
         self.register_buffer("class_weights", _to_weights(config.class_weights), persistent=False)
+        self.border_weights = BorderWeights(table, config.boundary_sigma, config.interface_weight)
 
-    def forward(self, logits: Tensor, codes: Tensor) -> Tensor:
-        """Return the loss, 0 (with a gradient of 0) where no pixel has a label."""
+    def forward(self, logits: Tensor, codes: Tensor, epochs: float = math.inf) -> Tensor:
+        """Return the loss, 0 (with a gradient of 0) where no pixel has a label.
+
+        Args:
+            logits: (B, 4, H, W).
+            codes: (B, H, W) uint8 label codes.
+            epochs: of training so far, with fractions, for the ramp of the boundary term.
+        """
         pixels = labelled_pixels(logits, codes, self.table)
         if len(pixels.logits) == 0:
             return logits.float().sum() * 0.0
+        config = self.config
         loss = logits.new_zeros((), dtype=torch.float32)
-        if self.config.focal:
-            loss = loss + self.config.focal * focal_loss(pixels, self.config.gamma, self.class_weights)
-        if self.config.dice:
-            loss = loss + self.config.dice * dice_loss(pixels)
+        if config.focal:
+            loss = loss + config.focal * focal_loss(pixels, config.gamma, self.class_weights)
+        if config.dice:
+            loss = loss + config.dice * dice_loss(pixels)
+        if config.mcc:
+            loss = loss + config.mcc * mcc_loss(pixels)
+        if config.boundary:
+            weight = config.boundary * ramp(epochs, config.boundary_ramp_epochs)
+            loss = loss + weight * boundary_loss(pixels, self._weights_of(codes))
+        if config.tversky:
+            loss = loss + config.tversky * tversky_loss(pixels, config.tversky_alpha, config.tversky_beta)
+        if config.lovasz:
+            loss = loss + config.lovasz * lovasz_loss(pixels)
         return loss
+
+    def _weights_of(self, codes: Tensor) -> Tensor:
+        """Return the border weights (N,) of the pixels that `labelled_pixels` keeps."""
+        return self.border_weights(codes)[self.table.any(dim=-1)[codes.long()]]
+
+
+def ramp(epochs: float, length: int) -> float:
+    """Return the share, 0 to 1, of a linear rise over `length` epochs that is done after `epochs`."""
+    return min(1.0, epochs / length) if length else 1.0
 
 
 def _to_weights(weights: Optional[Sequence[float]]) -> Optional[Tensor]:

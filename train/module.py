@@ -1,5 +1,7 @@
 """The Lightning module: network, loss, optimiser, validation on whole tiles; and the averaging of weights."""
 
+import math
+from functools import partial
 from typing import Any, Optional
 
 import lightning.pytorch as pl
@@ -7,13 +9,16 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 from torchmetrics.classification import BinaryMatthewsCorrCoef, MulticlassMatthewsCorrCoef
 
 from prep.labels import CODE_CLASSES, IGNORE
 from solution import CLASS_NAMES, GLACIER_GROUP, build_network, pad_to_multiple
-from train.config import Config
+from train import networks  # noqa: F401  adds its networks to those that build_network knows
+from train.config import Config, ConfigError
 from train.losses import SetLoss
+from train.pretrained import find_encoder
 
 
 class SegmentationModule(pl.LightningModule):
@@ -60,7 +65,7 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of crops: images, label codes, classes they were drawn for."""
         image, codes, classes = batch
-        loss = self.loss(self(image), codes)
+        loss = self.loss(self(image), codes, self.global_step / self.config.data.steps_per_epoch)
         self.train_losses.append(loss.detach())
         self.class_counts += np.bincount(classes.cpu().numpy(), minlength=len(CLASS_NAMES))
         self.code_counts += np.bincount(codes.cpu().numpy().ravel(), minlength=256)
@@ -109,9 +114,35 @@ class SegmentationModule(pl.LightningModule):
             scheduler.step()
 
     def configure_optimizers(self) -> tuple[list, list]:
-        """Return AdamW, the warm-up (by step) and the reduction on a plateau of val_mcc (by epoch)."""
+        """Return AdamW and the schedulers of its learning rate."""
         optim = self.config.optim
-        optimizer = torch.optim.AdamW(self.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=optim.lr, weight_decay=optim.weight_decay)
+        make = {
+            "plateau": self._plateau_schedule,
+            "cosine": self._cosine_schedule,
+            "restarts": self._restart_schedule,
+        }[optim.schedule]
+        return [optimizer], make(optimizer)
+
+    def _parameter_groups(self) -> list[dict]:
+        """Return all parameters in one group, or the encoder's in a second one with its own learning rate."""
+        optim = self.config.optim
+        if optim.encoder_lr_factor == 1:
+            return [{"params": list(self.parameters())}]
+        try:
+            encoder = list(find_encoder(self.network).parameters())
+        except AttributeError as error:
+            raise ConfigError(
+                f"optim.encoder_lr_factor is {optim.encoder_lr_factor}, but network {self.config.model.name} "
+                "has no encoder of its own; expected 1"
+            ) from error
+        inside = {id(parameter) for parameter in encoder}
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in inside]
+        return [{"params": rest}, {"params": encoder, "lr": optim.lr * optim.encoder_lr_factor}]
+
+    def _plateau_schedule(self, optimizer: Optimizer) -> list[dict]:
+        """Return the warm-up (by step) and the reduction on a plateau of val_mcc (by epoch)."""
+        optim = self.config.optim
         plateau = ReduceLROnPlateau(
             optimizer, mode="max", factor=optim.plateau_factor, patience=optim.plateau_patience, threshold=0
         )
@@ -120,7 +151,43 @@ class SegmentationModule(pl.LightningModule):
             steps = optim.warmup_steps
             warmup = LinearLR(optimizer, start_factor=1 / (steps + 1), total_iters=steps)
             schedulers.append({"scheduler": warmup, "interval": "step"})
-        return [optimizer], schedulers
+        return schedulers
+
+    def _cosine_schedule(self, optimizer: Optimizer) -> list[dict]:
+        """Return the warm-up and the fall to 0 at the last step of all epochs."""
+        warmup = self.config.optim.warmup_steps
+        total = self.config.train.epochs * self.config.data.steps_per_epoch
+        schedule = LambdaLR(optimizer, partial(warmup_and_cosine, warmup=warmup, total=total))
+        return [{"scheduler": schedule, "interval": "step"}]
+
+    def _restart_schedule(self, optimizer: Optimizer) -> list[dict]:
+        """Return the warm-up and then one fall to 0 after another."""
+        warmup = self.config.optim.warmup_steps
+        period = self.config.optim.restart_epochs * self.config.data.steps_per_epoch
+        schedule = LambdaLR(optimizer, partial(warmup_and_restarts, warmup=warmup, period=period))
+        return [{"scheduler": schedule, "interval": "step"}]
+
+
+def warmup_and_cosine(step: int, warmup: int, total: int) -> float:
+    """Return the factor of the learning rate after `step` steps: a linear rise, then half a cosine to 0.
+
+    Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def warmup_and_restarts(step: int, warmup: int, period: int) -> float:
+    """Return the factor of the learning rate after `step` steps: a linear rise, then a half cosine from 1 to
+    0 every `period` steps.
+
+    Loshchilov and Hutter 2017, arXiv 1608.03983, with periods of equal length.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * ((step - warmup) % period) / period))
 
 
 def is_glacier(codes: Tensor) -> Tensor:

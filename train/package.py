@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import segmentation_models_pytorch as smp
 import torch
 
-from solution import CLASS_NAMES, MODEL_FORMAT, load_model
+from solution import CLASS_NAMES, MODEL_FORMAT, VIEWS, load_model
 from train.calibrate import Settings
 from train.evaluate import read_folds
 from train.fit import RunError, write_whole
+from train.networks import COMPARED
 from train.submission import sha256
 
 MAX_BYTES = 300_000_000  # the organisers' limit for model.pth
+# Seconds that a run may take unless told otherwise: what is known to pass the platform (entries that took
+# longer ended in HTTP 504).
+TIME_BUDGET = 45.0
 CARD_SCORES = (
     ("valid_pixels", "binary", "glacier of either kind against the rest, valid pixels"),
     ("valid_pixels", "four_class", "four classes (tiles with phase-2 labels), valid pixels"),
@@ -36,6 +40,17 @@ def to_half(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+def require_shippable(records: Sequence[Mapping]) -> None:
+    """Raise RunError where a fold's network or scaling is one for comparisons, unknown to `solution.py`."""
+    for record in records:
+        name, scaling = record["arch"]["name"], record.get("scaling", "statistics")
+        if name in COMPARED or scaling != "statistics":
+            raise RunError(
+                f"fold {record['fold']}: found network {name} with data.scaling {scaling}, which solution.py "
+                f"does not know; expected a network other than {', '.join(COMPARED)} and scaling statistics"
+            )
+
+
 def as_stored_member(record: Mapping) -> dict:
     """Return a fold's record as a member of model.pth; all members weigh the same."""
     return {
@@ -52,25 +67,95 @@ def read_calibration(path: Path | None) -> dict:
     """Return class bias and post-processing from `calibrate`'s file; without one, no optional step.
 
     Raises:
-        RunError: the file is missing.
+        RunError: the file is missing or was made by an older version.
     """
     if path is None:
         plain = Settings()
         return {
+            "views": plain.views,
             "class_bias": plain.class_bias,
             "postprocess": plain.postprocess._asdict(),
             "runs": [],
         }
     if not path.is_file():
         raise RunError(f"{path}: no such calibration; make it with `python -m train calibrate`")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_settings(path, ("views", "class_bias", "postprocess", "runs"), "calibrate")
 
 
-def assemble(records: Sequence[Mapping], calibration: Mapping) -> dict:
+def read_settings(path: Path, keys: Sequence[str], command: str) -> dict:
+    """Return the JSON object in `path`, which `command` writes.
+
+    Raises:
+        RunError: it is no such object, or lacks some of `keys`.
+    """
+    again = f"make it again with `python -m train {command}`"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: cannot be read as JSON ({error}); {again}") from error
+    absent = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if absent:
+        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise RunError(
+            f"{path}: no {', '.join(absent)} in it (found {found}), expected what `{command}` now writes; "
+            f"{again}"
+        )
+    return content
+
+
+def every_pass(members: int, views: int) -> list[list[int]]:
+    """Return all pairs of member and view, each member's first view before anyone's second.
+
+    Another member brings more than another view of the same (`python -m train pareto` measures it).
+    """
+    return [[member, view] for view in range(views) for member in range(members)]
+
+
+class Order(NamedTuple):
+    """The passes [index of a member, view], the most useful first, and the runs on which that was measured
+    (none: it is the order of `every_pass`)."""
+
+    passes: Sequence[Sequence[int]]
+    runs: Sequence[str] = ()
+
+
+def read_order(path: Path, run: str, folds: Sequence[int], views: int) -> Order:
+    """Return the passes in the order that `pareto` found; members are numbered as in `folds`.
+
+    Args:
+        path: its file.
+        run: name of the run to pack.
+        folds: its finished folds.
+        views: how many views calibration kept: the most useful ones are taken.
+
+    Raises:
+        RunError: the file is missing, was made for another run, or does not hold each fold in each view once.
+    """
+    again = f"make it again with `python -m train pareto {run}`"
+    if not path.is_file():
+        raise RunError(f"{path}: no such order of passes; {again}")
+    content = read_settings(path, ("runs", "views", "passes"), "pareto")
+    if content["runs"][:1] != [run]:
+        raise RunError(f"{path}: found the order for {content['runs'][:1]}, expected one for {run}; {again}")
+    order, passes = content["views"], [tuple(one) for one in content["passes"]]
+    wrong = set(passes) ^ {(fold, view) for fold in folds for view in range(len(VIEWS))}
+    if wrong or len(set(passes)) < len(passes) or sorted(order) != list(range(len(VIEWS))):
+        raise RunError(
+            f"{path}: found {len(passes)} passes and the views {order}, expected each of the folds "
+            f"{', '.join(map(str, folds))} of {run} once in each of {len(VIEWS)} views, counted from 0; "
+            f"missing or unknown [fold, view]: {sorted(wrong)[:5] or 'none'}; {again}"
+        )
+    kept = [[list(folds).index(fold), view] for fold, view in passes if view in order[:views]]
+    return Order(kept, content["runs"])
+
+
+def assemble(records: Sequence[Mapping], calibration: Mapping, order: Order) -> dict:
     """Return the content of model.pth: plain containers and tensors, readable with weights_only=True."""
     return {
         "format": MODEL_FORMAT,
         "members": [as_stored_member(record) for record in records],
+        "passes": [list(one) for one in order.passes],
+        "time_budget": TIME_BUDGET,
         "class_bias": list(calibration["class_bias"]),
         "postprocess": dict(calibration["postprocess"]),
         "provenance": {
@@ -78,6 +163,7 @@ def assemble(records: Sequence[Mapping], calibration: Mapping) -> dict:
             "scheme": records[0]["scheme"],
             "config": records[0]["config"],
             "calibrated_on": list(calibration["runs"]),
+            "ordered_on": list(order.runs),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__.split("+")[0],
@@ -87,15 +173,29 @@ def assemble(records: Sequence[Mapping], calibration: Mapping) -> dict:
     }
 
 
-def pack(run_dir: Path, calibration: Path | None, out: Path) -> Path:
+def pack(run_dir: Path, calibration: Path | None, out: Path, passes: Path | None = None) -> Path:
     """Write `out` from the finished folds of a run, and `<stem>_card.md` beside it.
 
+    Args:
+        run_dir: the run.
+        calibration: file of `calibrate`, None for no optional step.
+        out: the model file.
+        passes: file of `pareto`, None for the order of `every_pass`.
+
     Raises:
-        RunError: no finished folds, no calibration, or the file would exceed 300 MB; `out` is left as it was.
+        RunError: no finished folds, no calibration, an order that does not fit, or the file would exceed
+            300 MB; `out` is left as it was.
         solution.InputError: the packed file does not load.
     """
     records = read_folds(run_dir)
-    content = assemble(records, read_calibration(calibration))
+    require_shippable(records)
+    settings = read_calibration(calibration)
+    folds = [record["fold"] for record in records]
+    if passes is None:
+        order = Order(every_pass(len(folds), settings["views"]))
+    else:
+        order = read_order(passes, Path(run_dir).name, folds, settings["views"])
+    content = assemble(records, settings, order)
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def save_checked(path: Path) -> None:
@@ -123,6 +223,8 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None) -> str:
     provenance, members = content["provenance"], content["members"]
     config = provenance["config"]
     steps = "\n".join(f"- {name}: {value}" for name, value in content["postprocess"].items())
+    views = len({view for _, view in content["passes"]})
+    ordered = "the most useful first (`reports/pareto.md`)" if provenance["ordered_on"] else "in turn"
     folds = "\n".join(f"| {member['fold']} | {member['val_mcc']:.3f} |" for member in members)
     return f"""# Model card of {weights.name}
 
@@ -134,13 +236,13 @@ with equal weights.
 without the tiles of its fold ({provenance["scheme"]} folds)
 - Steps: {config["train"]["epochs"]} epochs of {config["data"]["steps_per_epoch"]} steps of \
 {config["data"]["batch_size"]} crops of {config["data"]["crop"]} px, from \
-{config["model"]["init"] or "random weights"}; the epoch with the best validation MCC is kept
+{format_start(config)}; {format_kept(config)}
 - Made with: {", ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
 - Command: `make train-all DATA=<folder with Band1 ... Band5 and the labels>`
 
 ## Scores
 
-Binary MCC of each network on its held-out tiles, one view; the epoch was chosen on the same tiles:
+Binary MCC of each network on its held-out tiles, one view; {format_kept(config)}:
 
 | fold | MCC |
 | --- | --- |
@@ -151,6 +253,8 @@ Binary MCC of each network on its held-out tiles, one view; the epoch was chosen
 ## After the forward passes
 
 {steps}
+- passes: {len(content["passes"])}, {len(members)} networks in {views} views, {ordered}; time budget: \
+{content["time_budget"]} s
 - class bias ({", ".join(CLASS_NAMES)}): {", ".join(f"{value:g}" for value in content["class_bias"])}
 
 Each was decided by out-of-fold MCC (`reports/postprocess.md`).
@@ -161,6 +265,24 @@ Each was decided by out-of-fold MCC (`reports/postprocess.md`).
 - Three tiles tell debris from clean ice, and a network has seen two or three: expect little of debris.
 - One scene, one season, one region. Other regions cost others 0.03 to 0.09 MCC.
 """
+
+
+def format_start(config: Mapping) -> str:
+    """Return what the networks' first weights were."""
+    if config["model"]["init"]:
+        return str(config["model"]["init"])
+    if config["model"].get("imagenet"):
+        return (
+            "ImageNet for the encoder (Google's EfficientNet-Lite, Apache License 2.0), random ones elsewhere"
+        )
+    return "random weights"
+
+
+def format_kept(config: Mapping) -> str:
+    """Return which epoch's weights a fold keeps, and whether the held-out tiles had a say in it."""
+    if config["train"].get("keep") == "last":
+        return "the last epoch is kept, so that the held-out tiles chose nothing"
+    return "the epoch with the best MCC on the held-out tiles is kept, which flatters it"
 
 
 def format_scores(scores: Mapping | None) -> str:

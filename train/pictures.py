@@ -1,21 +1,20 @@
-"""Pictures of tiles: false-colour composites, painted masks, and a contact sheet of a whole folder."""
+"""Parts of pictures of tiles: false-colour composites, painted masks, outlines, legends."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
-import cv2
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from prep.labels import CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
-from solution import BANDS, CLASS_VALUES, InputError, TileError, TileFiles, find_tiles, read_tile, valid_mask
+from solution import BANDS
 from train.metrics import DEBRIS, GLACIER, LAKE, OTHER
 
 FALSE_COLOUR = tuple([band.landsat for band in BANDS].index(name) for name in ("B6", "B4", "B3"))
 STRETCH = (2, 98)  # percentiles of a band that become black and full intensity
+GAMMA = 0.6  # of a composite: lifts the shadows, in which half of a mountain scene lies
 CODE_COLOURS = {
     OTHER: "#d9d4c7",
     GLACIER: "#6baed6",
@@ -25,7 +24,8 @@ CODE_COLOURS = {
     OTHER_OR_LAKE: "#bdbdbd",
     IGNORE: "#ffffff",
 }
-MOST_TILES = 24  # on a contact sheet
+# Over a composite, where ice is cyan and rock brown: colours that neither has.
+OUTLINE_COLOURS = {GLACIER: "#ffe100", DEBRIS: "#ff2d95", LAKE: "#7c4dff"}
 
 
 def false_colour(image: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ def _stretch(band: np.ndarray) -> np.ndarray:
         return np.full(band.shape, 255, dtype=np.uint8)
     low, high = np.percentile(band[present], STRETCH)
     scaled = np.clip((band - low) / max(high - low, 1e-6), 0, 1)
-    return np.where(present, 255 * scaled, 255).astype(np.uint8)
+    return np.where(present, 255 * scaled**GAMMA, 255).astype(np.uint8)
 
 
 def add_legend(figure: Figure, codes: Iterable[int]) -> None:
@@ -60,51 +60,17 @@ def add_legend(figure: Figure, codes: Iterable[int]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
-def read_mask(masks: Path, tile: TileFiles) -> np.ndarray:
-    """Return the class indices (H, W) uint8 of the mask that was written for a tile, as PNG or TIFF.
+def draw_outlines(axis: Any, classes: np.ndarray, valid: np.ndarray, width: float = 0.8) -> None:
+    """Draw the borders of classes on matplotlib axes; where a class ends at nodata there is none.
 
-    Raises:
-        InputError: there is none, or it holds other values than a mask's.
+    Args:
+        axis: shows the tile in pixels.
+        classes: (H, W) class indices.
+        valid: (H, W) bool, False where nodata.
+        width: of the lines in points.
     """
-    candidates = (masks / f"{Path(tile.name).stem}.png", masks / tile.name)
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if path is None:
-        raise InputError(f"{masks}: no mask for {tile.name}; write it with `python solution.py`")
-    mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if mask is None or not np.isin(mask, CLASS_VALUES).all():
-        raise InputError(f"{path}: is no mask, expected one band of the values {CLASS_VALUES}")
-    return np.searchsorted(CLASS_VALUES, mask).astype(np.uint8)
-
-
-def write_contact_sheet(data: Path, masks: Path, out: Path) -> int:
-    """Write a PNG with a false-colour composite and the mask of up to MOST_TILES tiles; return their number.
-
-    Raises:
-        InputError: there are no tiles, or a mask is missing.
-    """
-    tiles = find_tiles(data)[:MOST_TILES]
-    columns = min(len(tiles), 6)
-    lines = -(-len(tiles) // columns)
-    figure = Figure(figsize=(2.6 * columns, 5.4 * lines + 0.4), layout="constrained")
-    axes = figure.subplots(2 * lines, columns, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_axis_off()
-    for index, tile in enumerate(tiles):
-        line, column = divmod(index, columns)
-        image, painted = picture_tile(tile, read_mask(masks, tile))
-        axes[2 * line, column].imshow(image)
-        axes[2 * line, column].set_title(f"{tile.tile_id}: SWIR, red, green", fontsize=8)
-        axes[2 * line + 1, column].imshow(painted, interpolation="nearest")
-    add_legend(figure, (OTHER, GLACIER, DEBRIS, LAKE, IGNORE))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    return len(tiles)
-
-
-def picture_tile(tile: TileFiles, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a tile's composite and painted mask, both (H, W, 3) uint8; white where it is unreadable."""
-    try:
-        image = read_tile(tile)
-    except TileError:
-        return np.full((*classes.shape, 3), 255, np.uint8), paint_codes(classes)
-    return false_colour(image), paint_codes(np.where(valid_mask(image), classes, IGNORE))
+    for label, colour in OUTLINE_COLOURS.items():
+        inside = classes == label
+        if min(classes.shape) > 1 and inside[valid].any() and not inside[valid].all():
+            shown = np.ma.masked_array(inside.astype(float), ~valid)
+            axis.contour(shown, levels=[0.5], colors=[colour], linewidths=width)

@@ -110,17 +110,31 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
         help="data folder with Band1 ... Band5; default: synthetic tiles of both namings",
     )
     parser.add_argument(
+        "--timed-tiles",
+        type=int,
+        default=25,
+        metavar="N",
+        help="synthetic 512 x 512 tiles that are segmented under the time budget; default: %(default)s",
+    )
+    parser.add_argument(
         "--python", default=sys.executable, help="interpreter that runs the submission; default: this one"
     )
 
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Run the submission as the grader does and say whether it would be accepted; exit status 1 if not."""
-    from train.check import check_submission, count_failures, format_results
+    from train.check import check_submission
+    from train.check.budget import WHOLE_BATCH
+    from train.check.verdict import count_failures, format_results
 
     with tempfile.TemporaryDirectory(prefix="check-") as workdir:
         results = check_submission(
-            arguments.solution, arguments.weights, arguments.tiles, Path(workdir), arguments.python
+            arguments.solution,
+            arguments.weights,
+            arguments.tiles,
+            Path(workdir),
+            arguments.python,
+            WHOLE_BATCH._replace(tiles=arguments.timed_tiles),
         )
     print(format_results(results))
     return 1 if count_failures(results) else 0

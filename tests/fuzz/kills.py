@@ -1,0 +1,283 @@
+"""Ends runs by SIGKILL at random moments, and looks at what they leave and what the next run makes of it.
+
+The runs are children of a process that has imported all they need, so that a kill meets their work and not
+the imports. What each leaves has to be whole; the next run has to end with what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+from train_helpers import make_store
+
+import solution
+from fuzz import rasters, runs
+from prep.__main__ import main as prep_main
+from prep.store import TileStore
+from train.config import load_config
+from train.fit import FOLD_FILE, RESUME_FILE, fit_fold
+
+Work = Callable[[], object]
+PATIENCE = 300.0  # seconds
+
+
+class Killed(NamedTuple):
+    """Kills that met a run at work, runs that ended before theirs, what was left behind, and the faults."""
+
+    kills: int
+    ended: int
+    states: Counter
+    faults: list[str]
+
+
+def start(work: Work, said: Path) -> int:
+    """Run `work` in a child whose words go to the file `said`; return its process id.
+
+    Its exit status is that which `work` returns, 70 after an exception.
+    """
+    sys.stdout.flush(), sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(stream, 1), os.dup2(stream, 2)
+        status = work() or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(child: int) -> int:
+    """Return the exit status of a child, negative the signal that ended it; one that hangs is killed."""
+    given_up = time.monotonic() + PATIENCE
+    while time.monotonic() < given_up:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_after(child: int, seconds: float) -> bool:
+    """Kill a child after so many seconds; return whether it was still at work."""
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return wait(child) == -signal.SIGKILL
+
+
+def finish(work: Work, said: Path, allowed: tuple[int, ...] = (0,)) -> list[str]:
+    """Run `work` undisturbed; return what went wrong."""
+    status = wait(start(work, said))
+    words = said.read_text(errors="replace")
+    return [] if status in allowed and "Traceback" not in words else [f"ended with {status}: {words[-800:]}"]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of all files below a folder but hidden ones."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+
+
+def hidden(folder: Path) -> list[Path]:
+    """Return the hidden entries directly in a folder."""
+    return [path for path in folder.iterdir() if path.name.startswith(".")] if folder.exists() else []
+
+
+def grow_old(paths: list[Path]) -> None:
+    """Make entries look as if they had been written an hour ago."""
+    for path in paths:
+        os.utime(path, (time.time() - 3600,) * 2)
+
+
+# --- solution.py ----------------------------------------------------------------------------------
+
+
+def kill_solution(seed: int, kills: int, weights: Path, work: Path) -> Killed:
+    """Kill the command line at random moments; each next run has to end with the same masks."""
+    rng = np.random.default_rng([seed, 2])
+    data, out, said = work / "kill-in", work / "kill-out", work / "kill-said"
+    runs.healthy_tiles(data, 12, 48)
+
+    def run() -> int:
+        return solution.main([str(data), str(out), "--weights", str(weights)])
+
+    started = time.perf_counter()
+    faults = finish(run, said)
+    seconds, expected = time.perf_counter() - started, digests(out)
+    killed, ended, states = 0, 0, Counter()
+    while killed < kills and len(faults) < 10 and ended < 3 * kills:
+        shutil.rmtree(out)
+        caught = kill_after(start(run, said), float(rng.uniform(0, seconds)))
+        killed, ended = killed + caught, ended + (not caught)
+        left = digests(out)
+        states["no mask" if not left else "all masks" if left == expected else "some masks"] += caught
+        broken = [name for name, digest in left.items() if expected.get(name) != digest]
+        parts = hidden(out)
+        states["unfinished file left"] += bool(parts)
+        grow_old(parts)
+        faults += [f"kill {killed}: {name} is no whole mask" for name in broken]
+        faults += finish(run, said)
+        if digests(out) != expected or hidden(out):
+            faults.append(f"kill {killed}: the next run ended with {sorted(digests(out))}, {hidden(out)}")
+    return Killed(killed, ended, states, faults)
+
+
+def two_solutions(times: int, weights: Path, work: Path) -> list[str]:
+    """Run the command line twice at a time into one folder; return what went wrong."""
+    data, out = work / "two-in", work / "two-out"
+    runs.healthy_tiles(data, 12, 48)
+
+    def run() -> int:
+        return solution.main([str(data), str(out), "--weights", str(weights)])
+
+    faults = finish(run, work / "two-said")
+    expected = digests(out)
+    for _ in range(times):
+        shutil.rmtree(out)
+        children = [start(run, work / f"two-said{number}") for number in (1, 2)]
+        statuses = [wait(child) for child in children]
+        if statuses != [0, 0] or digests(out) != expected or hidden(out):
+            faults.append(f"two runs ended with {statuses}, {sorted(digests(out))}, {hidden(out)}")
+    return faults
+
+
+# --- prep -----------------------------------------------------------------------------------------
+
+
+def lay_out_training(data: Path, tiles: int, side: int) -> None:
+    """Write whole tiles with phase-1 labels."""
+    runs.healthy_tiles(data, tiles, side)
+    (data / "label").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(tiles):
+        label = np.where(rng.random((side, side)) < 0.4, 255, 0).astype(np.float32)
+        (data / "label" / f"img{number:03d}.tif").write_bytes(rasters.encode(label, "u1"))
+
+
+def kill_prep(seed: int, kills: int, work: Path) -> Killed:
+    """Kill `prep competition` at random moments, half of the times while it replaces an older store."""
+    rng = np.random.default_rng([seed, 3])
+    data, out, said = work / "kill-train", work / "kill-stores" / "store", work / "kill-said"
+    lay_out_training(data, 12, 64)
+
+    def run() -> int:
+        return prep_main(["competition", "--data", str(data), "--out", str(out), "--overwrite"])
+
+    faults = finish(run, said)
+    started = time.perf_counter()
+    faults += finish(run, said)
+    seconds, expected = time.perf_counter() - started, digests(out)
+    killed, ended, states = 0, 0, Counter()
+    while killed < kills and len(faults) < 10 and ended < 3 * kills:
+        replaces = bool(rng.random() < 0.5)
+        if not replaces:
+            shutil.rmtree(out)
+        caught = kill_after(start(run, said), float(rng.uniform(0, seconds)))
+        killed, ended = killed + caught, ended + (not caught)
+        state = ("a store" if out.exists() else "no store") + (" of an older run" if replaces else "")
+        states[state] += caught
+        states["unfinished store left"] += bool(hidden(out.parent))
+        if out.exists() and digests(out) != expected:
+            faults.append(f"kill {killed}: no whole store: {sorted(digests(out))}")
+        faults += finish(run, said)
+        if digests(out) != expected or hidden(out.parent):
+            faults.append(
+                f"kill {killed}: the next run ended with {sorted(digests(out))}, {hidden(out.parent)}"
+            )
+    TileStore(out)
+    return Killed(killed, ended, states, faults)
+
+
+def two_preps(times: int, work: Path) -> list[str]:
+    """Run `prep competition` twice at a time into one store; return what went wrong."""
+    data, out = work / "two-train", work / "two-stores" / "store"
+    lay_out_training(data, 6, 48)
+
+    def run() -> int:
+        return prep_main(["competition", "--data", str(data), "--out", str(out), "--overwrite"])
+
+    faults = finish(run, work / "two-said")
+    expected = digests(out)
+    for _ in range(times):
+        children = [start(run, work / f"two-said{number}") for number in (1, 2)]
+        statuses = [wait(child) for child in children]
+        words = "".join((work / f"two-said{number}").read_text(errors="replace") for number in (1, 2))
+        if set(statuses) - {0, 2} or "Traceback" in words or digests(out) != expected or hidden(out.parent):
+            faults.append(f"two preps ended with {statuses}, {hidden(out.parent)}: {words[-800:]}")
+    return faults
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def kill_training(seed: int, kills: int, work: Path) -> Killed:
+    """Kill a training of four epochs again and again until it ends; each has to end with the same scores.
+
+    A kill may come at any moment of what is left of a run.
+    """
+    rng = np.random.default_rng([seed, 4])
+    store, said = make_store(work / "kill-fold-store", size=64), work / "kill-said"
+    smoke = Path(solution.__file__).parent / "train" / "configs" / "smoke.yaml"
+    settings = [f"data.store={store}", "train.epochs=4", "data.steps_per_epoch=1", "data.crop=32"]
+    config = load_config(smoke, settings)
+    folder = work / "kill-run"
+
+    def run() -> int:
+        fit_fold(config, 0, folder)
+        return 0
+
+    started = time.perf_counter()
+    faults = finish(run, said)
+    seconds, expected = time.perf_counter() - started, training_result(folder / "fold0" / FOLD_FILE)
+    killed, ended, states = 0, 0, Counter()
+    while killed < kills and len(faults) < 10:
+        shutil.rmtree(folder)
+        while True:
+            caught = kill_after(start(run, said), float(rng.uniform(0, seconds)))
+            killed += caught
+            checkpoint = folder / "fold0" / RESUME_FILE
+            if (folder / "fold0" / FOLD_FILE).exists() or not caught:
+                break
+            states[epochs_in(checkpoint)] += 1
+        ended += 1
+        faults += finish(run, said)  # nothing is left to do, or the last step
+        found = training_result(folder / "fold0" / FOLD_FILE)
+        if found != expected:
+            faults.append(f"kill {killed}: ended with {found}, expected {expected}")
+    return Killed(killed, ended, states, faults)
+
+
+def epochs_in(checkpoint: Path) -> str:
+    """Return what a checkpoint to resume from holds; reading it shows that it is whole."""
+    if not checkpoint.exists():
+        return "no checkpoint"
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return f"checkpoint of {content['epoch'] + 1} epochs"
+
+
+def training_result(path: Path) -> tuple:
+    """Return the scores and the digest of the weights of a finished fold."""
+    record = torch.load(path, map_location="cpu", weights_only=True)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(record["state_dict"].items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return record["val_mcc"], record["val_mcc4"], record["epochs"], digest.hexdigest()
