@@ -2,33 +2,45 @@
 
 DATA ?= ../shared/data/glacierhack/Train
 STORE ?= data/competition
-CONFIG ?= train/configs/coarse.yaml
-FINISH ?= train/configs/finish.yaml
+CONFIG ?= train/configs/imagenet.yaml
 SCHEME ?= stratified
-NAME ?= coarse
+HKH ?= data/hkh
+PRETRAINED ?=
+NAME ?= $(if $(PRETRAINED),pretrained,imagenet)
 RUN ?= runs/$(NAME)-$(SCHEME)
-FINAL ?= $(if $(FINISH),$(RUN)-final,$(RUN))
 CALIBRATION ?= runs/$(NAME)-calibration.json
+PASSES ?= runs/$(NAME)-passes.json
 WEIGHTS ?= weights/model.pth
 SET ?=
+SEED ?= 0
+ONLY ?=
+ABLATIONS ?= train/configs/ablations.yaml
+SEEDS ?= 0,1
+STEPS ?=
+JOBS ?=
+PRETRAIN_RUN ?= runs/hkh-pretrain
+HKH_WEIGHTS ?= weights/hkh_pretrained.ckpt
+# Fine-tuning: the weights and the statistics of pretraining, at a low learning rate.
+FINETUNE := $(if $(PRETRAINED),model.imagenet=false model.pretrained=$(PRETRAINED) optim.lr=5e-5)
 
 VENV := .venv
 PY := $(VENV)/bin/python
 # One stamp for each version of the requirements: a second run starts at once, a changed file installs again.
-READY := $(VENV)/.ready-$(shell cksum requirements.txt | cut -d' ' -f1)
+READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock | cksum | cut -d' ' -f1)
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint prep fit evaluate calibrate pack train-all baseline report predict check \
-	submission clean
+.PHONY: help setup demo test lint prep fit evaluate calibrate pareto train-all baseline report ablate predict preview export score check grader-check bench \
+	pretrain bench-prep bench-pretrain \
+	submission fuzz reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo; echo "  settings: DATA=$(DATA) STORE=$(STORE) CONFIG=$(CONFIG) FINISH=$(FINISH)"
-	@echo "            SCHEME=$(SCHEME) NAME=$(NAME) WEIGHTS=$(WEIGHTS) IN= OUT= SET='key=value ...' (of the training configuration)"
+	@echo; echo "  settings: DATA=$(DATA) STORE=$(STORE) CONFIG=$(CONFIG)"
+	@echo "            SCHEME=$(SCHEME) NAME=$(NAME) WEIGHTS=$(WEIGHTS) IN= OUT= MASKS= LABELS= SET='key=value ...' (of the training configuration)"
 
 setup: $(READY) ## make .venv from requirements.txt (once; 6 GB, some minutes)
-$(READY): requirements.txt
+$(READY): requirements.txt requirements.lock
 	@bash .ci/setup $(VENV)
 	@rm -f $(VENV)/.ready-*; touch $@
 
@@ -41,7 +53,7 @@ demo: setup ## the whole kit on synthetic scenes, with the shipped weights: mask
 	$(PY) -m train preview --data $(DEMO)/scenes --masks $(DEMO)/masks --out $(DEMO)/preview.png
 	@echo "--- 3 of 4: a training in miniature: tile store, five folds, scores, model.pth"
 	@$(MAKE) --no-print-directory train-all DATA=$(DEMO)/scenes STORE=$(DEMO)/store CONFIG=train/configs/smoke.yaml \
-		FINISH= RUN=$(DEMO)/run CALIBRATION=$(DEMO)/calibration.json WEIGHTS=$(DEMO)/model.pth
+		RUN=$(DEMO)/run CALIBRATION=$(DEMO)/calibration.json PASSES=$(DEMO)/passes.json WEIGHTS=$(DEMO)/model.pth
 	@echo "--- 4 of 4: would the shipped submission be accepted?"
 	@$(MAKE) --no-print-directory check
 	@echo "done: look at $(DEMO)/preview.png; the miniature training shows the way, its scores mean nothing"
@@ -50,19 +62,32 @@ prep: setup ## DATA (Band1 ... Band5 and labels) to the tile store STORE with it
 	@if [ -f $(STORE)/store.json ]; then echo "$(STORE) is there already (remove it to make it again)"; \
 	else $(PY) -m prep competition --data $(DATA) --out $(STORE); fi
 
-fit: prep ## train the five folds of SCHEME in two phases (CONFIG, FINISH); continues where it was interrupted
-	$(PY) -m train fit --config $(CONFIG) --run $(RUN) data.store=$(STORE) data.scheme=$(SCHEME) $(SET)
-	$(if $(FINISH),$(PY) -m train fit --config $(FINISH) --run $(FINAL) \
-		data.store=$(STORE) data.scheme=$(SCHEME) model.init=$(RUN) $(SET))
+fit: prep ## train the five folds of SCHEME as CONFIG says; continues where it was interrupted
+	$(PY) -m train fit --config $(CONFIG) --run $(RUN) data.store=$(STORE) data.scheme=$(SCHEME) $(FINETUNE) $(SET)
 
 evaluate: fit ## predict and score each tile with the fold that never saw it
-	$(PY) -m train evaluate --run $(FINAL) --store $(STORE)
+	$(PY) -m train evaluate --run $(RUN) --store $(STORE)
 
 calibrate: evaluate ## decide by out-of-fold MCC which steps follow the networks
-	$(PY) -m train calibrate $(FINAL) --store $(STORE) --out $(CALIBRATION)
+	$(PY) -m train calibrate $(RUN) --store $(STORE) --out $(CALIBRATION)
 
-train-all: calibrate ## all of the above, and WEIGHTS from it
-	$(PY) -m train pack --run $(FINAL) --calibration $(CALIBRATION) --out $(WEIGHTS)
+pareto: calibrate ## order the passes by what each is worth out of fold
+	$(PY) -m train pareto $(RUN) --store $(STORE) --out $(PASSES)
+
+train-all: pareto ## all of the above, and WEIGHTS from it
+	$(PY) -m train pack --run $(RUN) --calibration $(CALIBRATION) --passes $(PASSES) --out $(WEIGHTS)
+
+pretrain: setup ## train on the HKH store HKH, into weights/hkh_pretrained.ckpt; then make train-all PRETRAINED=<that file>
+	@test -f $(HKH)/store.json || { echo "$(HKH) is no tile store; make it with python -m prep hkh (docs/hkh.md)"; exit 2; }
+	$(PY) -m train fit --config train/configs/pretrain.yaml --run $(PRETRAIN_RUN) data.store=$(HKH) $(SET)
+	cp $(PRETRAIN_RUN)/fold0/fold.pt $(HKH_WEIGHTS).partial && mv $(HKH_WEIGHTS).partial $(HKH_WEIGHTS)
+
+bench-prep: setup ## megapixels a second of python -m prep hkh beside a bare read and write: reports/prep_hkh.md
+	$(PY) -m prep bench
+
+bench-pretrain: setup ## does pretraining help? the whole way on synthetic data: reports/pretraining.md
+	@rm -rf data/benefit
+	$(PY) -m train benefit --work data/benefit
 
 baseline: prep ## the per-pixel gradient boosting on the same folds
 	$(PY) -m train baseline --scheme $(SCHEME) --run runs/baseline-$(SCHEME) --store $(STORE)
@@ -70,18 +95,43 @@ baseline: prep ## the per-pixel gradient boosting on the same folds
 report: setup ## compare U-Net and baseline on both kinds of folds, and write reports/
 	@for scheme in stratified spatial; do \
 		$(MAKE) --no-print-directory evaluate baseline SCHEME=$$scheme || exit 1; done
-	$(PY) -m train calibrate runs/$(NAME)-stratified-final runs/$(NAME)-spatial-final --store $(STORE) \
+	$(PY) -m train calibrate runs/$(NAME)-stratified runs/$(NAME)-spatial --store $(STORE) \
 		--out $(CALIBRATION) --report reports/postprocess.md
-	$(PY) -m train report U-Net=runs/$(NAME)-stratified-final baseline=runs/baseline-stratified \
-		U-Net-spatial=runs/$(NAME)-spatial-final baseline-spatial=runs/baseline-spatial \
+	$(PY) -m train pareto runs/$(NAME)-stratified runs/$(NAME)-spatial --store $(STORE) \
+		--baseline runs/baseline-stratified --out $(PASSES) --report reports/pareto.md
+	$(PY) -m train report U-Net=runs/$(NAME)-stratified baseline=runs/baseline-stratified \
+		U-Net-spatial=runs/$(NAME)-spatial baseline-spatial=runs/baseline-spatial \
 		--store $(STORE) --made-with "make report DATA=<folder with Band1 ... Band5 and the labels>"
+
+ablate: prep ## train the trials of ABLATIONS side by side and tabulate what each is worth: reports/ablations.md
+	$(PY) -m train ablate --set $(ABLATIONS) --run runs/ablate --report reports/ablations.md --store $(STORE) \
+		--seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--override $(SET))
 
 predict: setup ## masks for the tiles in IN, into OUT
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make predict IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
 	$(PY) solution.py $(IN) $(OUT) --weights $(WEIGHTS)
 
+preview: setup ## pictures of the tiles in IN into OUT: image, outlines, areas; of the masks in MASKS, else by WEIGHTS
+	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make preview IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
+	$(PY) -m train preview --data $(IN) --out $(OUT) $(if $(MASKS),--masks $(MASKS),--weights $(WEIGHTS))
+
+export: setup ## the masks in MASKS as GeoTIFF and polygons for QGIS, into OUT; IN holds their bands
+	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(MASKS)" || \
+		{ echo "make export IN=<folder with Band1 ... Band5> MASKS=<folder of masks> OUT=<folder>"; exit 2; }
+	$(PY) -m train export --masks $(MASKS) --data $(IN) --out $(OUT)
+
+score: setup ## score the masks in MASKS, of any origin, against LABELS of either phase
+	@test -n "$(MASKS)" -a -n "$(LABELS)" || { echo "make score MASKS=<folder> LABELS=<folder>"; exit 2; }
+	$(PY) -m train evaluate --pred $(MASKS) --labels $(LABELS)
+
 check: setup ## would the submission be accepted? every caller, every file, in an empty folder
 	$(PY) -m train check --weights $(WEIGHTS)
+
+grader-check: setup ## the same in the grader's Python 3.9, read-only and offline; builds it once in ~/.cache (4 GB); IN= tiles
+	$(PY) -m train grader-check --weights $(WEIGHTS) $(if $(IN),--data $(IN)) $(if $(OPTIONAL),--optional)
+
+bench: setup ## how fast is solution.py, where does its time go, how much memory: reports/bench.md
+	$(PY) -m train bench --weights $(WEIGHTS)
 
 submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an older one
 	$(PY) -m train submission --weights $(WEIGHTS) $(if $(OVERWRITE),--overwrite)
@@ -89,9 +139,21 @@ submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an 
 test: setup ## the test suite
 	$(PY) -m pytest
 
-lint: setup ## ruff
+fuzz: setup ## search for what breaks solution.py, prep and training: hostile tiles, kills, many tiles (half an hour)
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(PY) -m fuzz $(ONLY) --seed $(SEED)
+
+reference: setup ## make weights/reference.* anew, after WEIGHTS were replaced
+	$(PY) -m train.release --weights $(WEIGHTS) --write
+
+lock: setup ## make requirements.lock from requirements.txt, with the SHA-256 of each file (by uv)
+	$(PY) -m pip install --quiet uv
+	grep -v '^pydensecrf2' requirements.txt | $(PY) -m uv pip compile - --output-file requirements.lock --quiet --generate-hashes \
+		--universal --python-version 3.11 --no-annotate --no-emit-index-url --custom-compile-command "make lock"
+
+lint: setup ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean: ## remove the demo, caches and reports of tests; keeps .venv, stores and runs
-	rm -rf $(DEMO) .pytest_cache .ruff_cache
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache
