@@ -115,6 +115,23 @@ def _load_tile(store: TileStore, tile_id: str, normalization: dict, scaling: str
     return Tile(tile_id, values, weights, codes, normalization)
 
 
+def move_codes(codes: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """Return label codes (H, W) moved down by `rows` and to the right by `cols`; IGNORE where none arrive."""
+    height, width = codes.shape
+    arrived = np.full_like(codes, IGNORE)
+    arrived[max(0, rows) : height + min(0, rows), max(0, cols) : width + min(0, cols)] = codes[
+        max(0, -rows) : height + min(0, -rows), max(0, -cols) : width + min(0, -cols)
+    ]
+    return arrived
+
+
+def align_labels(tile: Tile, label_shift: Sequence[int]) -> Tile:
+    """Return a tile with its labels moved onto the image; `label_shift` is where they lie relative to it."""
+    rows, cols = label_shift
+    codes = move_codes(tile.codes, -rows, -cols)
+    return tile._replace(codes=np.where(tile.weights.any(axis=-1), codes, np.uint8(IGNORE)))
+
+
 def count_unsplit_as_clean(tile: Tile) -> Tile:
     """Return a tile whose glacier of unknown kind counts as clean ice."""
     return tile._replace(codes=as_clean(tile.codes))
@@ -135,11 +152,13 @@ class StoredTiles(Sequence):
         normalization: dict,
         unsplit: str = "set",
         scaling: str = "statistics",
+        label_shift: Sequence[int] = (0, 0),
     ) -> None:
-        """Serve these tiles in their order; `unsplit` and `scaling` are settings of `data`."""
+        """Serve these tiles in their order; `unsplit`, `scaling` and `label_shift` are settings of `data`."""
         self.store = store
         self.tile_ids = list(tile_ids)
         self.unsplit = unsplit
+        self.label_shift = label_shift
         self._read = lru_cache(maxsize=4)(
             partial(_load_tile, store, normalization=normalization, scaling=scaling)
         )
@@ -150,12 +169,13 @@ class StoredTiles(Sequence):
 
     def __getitem__(self, index: int) -> Tile:
         """Read one tile."""
-        tile = self._read(self.tile_ids[index])
+        tile = align_labels(self._read(self.tile_ids[index]), self.label_shift)
         return tile._replace(codes=self._change(tile.codes))
 
     def codes(self, index: int) -> np.ndarray:
         """Read the label codes of a tile alone, (H, W) uint8."""
-        return self._change(self.store.mask(self.tile_ids[index]))
+        rows, cols = self.label_shift
+        return self._change(move_codes(self.store.mask(self.tile_ids[index]), -rows, -cols))
 
     def _change(self, codes: np.ndarray) -> np.ndarray:
         return as_clean(codes) if self.unsplit == "clean" else codes
@@ -462,12 +482,16 @@ def open_fold(config: Config, fold: int, normalization: Optional[dict] = None) -
         # stats.json of a store with training and validation ids is that of its training tiles
         statistics = store.stats if config.data.scheme == SPLIT_SCHEME else compute(store, train_ids)
         normalization = {"mean": statistics["mean"], "std": statistics["std"]}
-    scaling = config.data.scaling
+    scaling, shift = config.data.scaling, config.data.label_shift
     if len(store.tile_ids) > IN_MEMORY_TILES:
-        tiles = StoredTiles(store, train_ids, normalization, config.data.unsplit_glacier, scaling)
-        val_tiles = StoredTiles(store, val_ids, normalization, scaling=scaling)
+        unsplit = config.data.unsplit_glacier
+        tiles = StoredTiles(store, train_ids, normalization, unsplit, scaling, shift)
+        val_tiles = StoredTiles(store, val_ids, normalization, scaling=scaling, label_shift=shift)
     else:
-        tiles, val_tiles = (load_tiles(store, ids, normalization, scaling) for ids in (train_ids, val_ids))
+        tiles, val_tiles = (
+            [align_labels(tile, shift) for tile in load_tiles(store, ids, normalization, scaling)]
+            for ids in (train_ids, val_ids)
+        )
         if config.data.unsplit_glacier == "clean":
             tiles = [count_unsplit_as_clean(tile) for tile in tiles]
     dataset = CropDataset(tiles, normalization, config.data, config.augment, config.train.seed)

@@ -316,6 +316,7 @@ class Recorder(Callback):
             "fold": self.fold,
             "scheme": self.config.data.scheme,
             "scaling": self.config.data.scaling,
+            "label_shift": list(self.config.data.label_shift),
             **self._data_identity(),
             "epochs": len(self.history),
             "seconds": float(sum(row["seconds"] for row in self.history)),

@@ -59,6 +59,7 @@ def as_stored_member(record: Mapping) -> dict:
         "fold": record["fold"],
         "val_mcc": record["val_mcc"],
         "normalization": {key: [float(v) for v in record["normalization"][key]] for key in ("mean", "std")},
+        "label_shift": [int(pixels) for pixels in record.get("label_shift", (0, 0))],
         "state_dict": to_half(record["state_dict"]),
     }
 

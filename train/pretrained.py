@@ -40,7 +40,8 @@ def load_imagenet(network: nn.Module, encoder_name: str) -> None:
 
 
 def find_encoder(network: nn.Module) -> nn.Module:
-    """Return the encoder of a segmentation_models_pytorch network, or of one wrapped as `unet`."""
+    """Return the encoder of a network of segmentation_models_pytorch, or of one in `unet` or `coarse`."""
+    network = getattr(network, "coarse", network)
     return getattr(network, "unet", network).encoder
 
 
