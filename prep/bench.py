@@ -16,6 +16,7 @@ import rasterio
 
 from prep import hkh, hkh_sources
 from prep.hkh_sample import LABELS_FILE, write_hkh_sample
+from prep.polygons import DEFAULT_COLUMN, DEFAULT_WORDS
 from prep.synthetic import PIXEL
 from solution import usable_cores
 
@@ -94,7 +95,8 @@ def make_job(folder: Path, size: int) -> hkh_sources.SceneJob:
     labels = folder / "sample" / LABELS_FILE
     if size > side:
         repeat_scene(scene, labels, size)
-    return hkh.plan(hkh.Source(scene.parent, labels), hkh.Settings(GRID))[0]
+    source = hkh_sources.LabelSource(labels, DEFAULT_COLUMN, DEFAULT_WORDS)
+    return hkh_sources.plan_scene(scene, source, GRID, {})
 
 
 def repeat_scene(path: Path, labels: Path, size: int) -> None:

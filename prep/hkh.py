@@ -94,6 +94,20 @@ class Source(NamedTuple):
     words: Mapping[str, str] = DEFAULT_WORDS
     sun: Path | None = None
 
+    def images(self) -> Path:
+        """Return the folder of scenes or patches. Raises InputError where there is none."""
+        return _given(self.patches or self.scenes, "--scenes or --patches")
+
+    def truth(self) -> Path:
+        """Return the file or folder that holds the labels. Raises InputError where there is none."""
+        return _given(self.patches or self.labels, "--labels")
+
+
+def _given(path: Path | None, option: str) -> Path:
+    if path is None:
+        raise InputError(f"no {option}: name what to read")
+    return path
+
 
 class Resources(NamedTuple):
     """Processes, or the address of a Dask scheduler."""
@@ -135,25 +149,36 @@ def prepare(
     Raises:
         PrepError: everything that is wrong with scenes, labels or patches; scenes without fault keep their
             partial results. InputError: a setting out of range, or no cluster at the address.
-        prep.store.StoreError: `out` is in the way.
+        prep.store.StoreError: `out` is in the way, or another process makes it.
     """
     check_settings(settings)
     if not overwrite:
         store.refuse_existing(out)
     jobs = plan(source, settings)
-    partial = partial_folder(Path(out))
+    with own_partial_folder(Path(out)) as partial:
+        results = finish_scenes(jobs, partial, settings, resources)
+        summary = assemble(Path(out), partial, results, describe_source(source, settings, jobs), settings)
+        shutil.rmtree(partial)
+    return summary
+
+
+def finish_scenes(
+    jobs: Sequence[Job], partial: Path, settings: Settings, resources: Resources
+) -> dict[str, dict]:
+    """Work on the scenes that an earlier run did not finish; return {scene: result} of all.
+
+    Raises:
+        PrepError: all that is wrong with scenes; the others are finished.
+    """
     marks = {job.name: fingerprint(job, settings) for job in jobs}
-    todo = [job for job in jobs if read_result(partial / job.name, marks[job.name]) is None]
+    todo = [job for job in jobs if not is_finished(partial / job.name, marks[job.name])]
     clear_partial(partial, {job.name for job in jobs} - {job.name for job in todo})
     tasks = [(job, settings.keep, partial / job.name, marks[job.name]) for job in todo]
     outcomes = run_tasks(tasks, resources, done=len(jobs) - len(todo))
     problems = [outcome.problem for outcome in outcomes if outcome.problem]
     if problems:
         raise PrepError([*problems, f"the other scenes are kept in {partial} and are not read again"])
-    results = {job.name: read_result(partial / job.name, marks[job.name]) for job in jobs}
-    summary = assemble(Path(out), partial, results, describe_source(source, settings, jobs), settings)
-    shutil.rmtree(partial)
-    return summary
+    return {job.name: read_result(partial / job.name) for job in jobs}
 
 
 def check_settings(settings: Settings) -> None:
@@ -201,16 +226,16 @@ def plan(source: Source, settings: Settings) -> list[Job]:
 
 def _scene_makers(source: Source) -> list:
     """Return for each scene a function of (grid, suns) that plans it."""
-    if not source.labels.is_dir():
-        check_polygons(source.labels, source.column, source.words)
-    labels = LabelSource(source.labels.resolve(), source.column, dict(source.words))
-    paths = [path.resolve() for path in find_scenes(source.scenes)]
+    if not source.truth().is_dir():
+        check_polygons(source.truth(), source.column, source.words)
+    labels = LabelSource(source.truth().resolve(), source.column, dict(source.words))
+    paths = [path.resolve() for path in find_scenes(source.images())]
     return [lambda grid, suns, path=path: plan_scene(path, labels, grid, suns) for path in paths]
 
 
 def _patch_makers(source: Source) -> list:
-    order = parse_order(source.mask_order)
-    scenes = find_patches(source.patches.resolve())
+    order = parse_order(source.mask_order or "")
+    scenes = find_patches(source.images().resolve())
     return [
         lambda grid, suns, name=name, pairs=pairs: plan_patches(name, pairs, order, grid, suns)
         for name, pairs in scenes.items()
@@ -228,8 +253,8 @@ def describe_source(source: Source, settings: Settings, jobs: Sequence[Job]) -> 
     versions = {module.__name__: module.__version__ for module in (np, rasterio, shapely)}
     return {
         "command": "hkh",
-        "source": (source.patches or source.scenes).resolve().name,
-        "labels": {"file": (source.patches or source.labels).resolve().name, **labels},
+        "source": source.images().resolve().name,
+        "labels": {"file": source.truth().resolve().name, **labels},
         "size": settings.grid.size,
         "overlap": settings.grid.overlap,
         "filter": settings.keep._asdict(),
@@ -263,18 +288,39 @@ def fingerprint(job: Job, settings: Settings) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def read_result(folder: Path, mark: str) -> dict | None:
-    """Return the result of a scene that was finished with this fingerprint, else None."""
-    path = folder / RESULT_FILE
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["fingerprint"] == mark else None
+def is_finished(folder: Path, mark: str) -> bool:
+    """Return whether a scene was finished with this fingerprint."""
+    try:
+        return read_result(folder)["fingerprint"] == mark
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the scene is read again
+        return False
+
+
+def read_result(folder: Path) -> dict:
+    """Return the result of a finished scene."""
+    return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def own_partial_folder(out: Path) -> Iterator[Path]:
+    """Make the folder of partial results of a store and keep other processes out of it.
+
+    Raises:
+        prep.store.StoreError: another process makes the same store.
+    """
+    partial = partial_folder(out)
+    partial.mkdir(parents=True, exist_ok=True)
+    with store.locked(partial, wait=False) as held:
+        if not (held and partial.is_dir()):  # gone: the other has just ended, and removed it
+            raise store.StoreError(
+                f"{out}: another process makes this store; wait until it ends, or name another folder with "
+                "--out"
+            )
+        yield partial
 
 
 def clear_partial(partial: Path, finished: set[str]) -> None:
-    """Make the folder of partial results and remove everything from it but the finished scenes."""
-    partial.mkdir(parents=True, exist_ok=True)
+    """Remove everything from the folder of partial results but the finished scenes."""
     for entry in partial.iterdir():
         if entry.name not in finished:
             shutil.rmtree(entry)

@@ -135,16 +135,17 @@ def make_channels(scene: Scene, random: np.random.Generator) -> np.ndarray:
         "slope": fill(np.degrees(np.arctan(slope(scene.elevation.astype(np.float64))))),
     }
     channels = np.stack([numbers[name] for name in EXPORT_15])
-    gaps = missing_lines(*red.shape, phase=random.uniform(0, STRIPE_PERIOD))
+    height, width = red.shape
+    gaps = missing_lines(height, width, phase=random.uniform(0, STRIPE_PERIOD))
     thermal = np.isin(EXPORT_15, ("B6_VCID_1", "B6_VCID_2"))
     channels[~thermal] *= ~gaps
     channels[thermal] *= ~np.roll(gaps, THERMAL_SHIFT, axis=0)
-    return channels * ~beyond_border(*red.shape)
+    return channels * ~beyond_border(height, width)
 
 
 def from_reflectance(reflectance: np.ndarray, channel: str, sun_elevation: float) -> np.ndarray:
     """Return the radiance, W/(m2 sr um), that `prep.landsat7.to_reflectance` takes back at distance 1."""
-    return reflectance * CALIBRATIONS[channel].esun * np.sin(np.radians(sun_elevation)) / np.pi
+    return reflectance * CALIBRATIONS[channel].irradiance() * np.sin(np.radians(sun_elevation)) / np.pi
 
 
 def to_number(radiance: np.ndarray, channel: str) -> np.ndarray:

@@ -56,6 +56,12 @@ class Calibration(NamedTuple):
     lmax: float
     esun: float | None
 
+    def irradiance(self) -> float:
+        """Return the sun's irradiance, W/(m2 um). Raises ValueError for a thermal channel, which has none."""
+        if self.esun is None:
+            raise ValueError("a thermal channel has no solar irradiance")
+        return self.esun
+
 
 CALIBRATIONS = {
     "B1": Calibration(-6.2, 293.7, 1997.0),
@@ -105,13 +111,14 @@ def choose_channels(descriptions: Sequence[str | None], where: str) -> dict[str,
         names: list[str] = list(EXPORTS[count])
     else:
         names = [channel_name(text or "") for text in descriptions]
-    chosen = [_first_present(candidates, names) for candidates in CHANNELS_OF_BAND]
+    found = [_first_present(candidates, names) for candidates in CHANNELS_OF_BAND]
     lacking = [
         f"{' or '.join(candidates)} ({band.name})"
-        for band, candidates, channel in zip(BANDS, CHANNELS_OF_BAND, chosen)
+        for band, candidates, channel in zip(BANDS, CHANNELS_OF_BAND, found)
         if channel is None
     ]
-    twice = [channel for channel in chosen if channel and names.count(channel) > 1]
+    chosen = [channel for channel in found if channel is not None]
+    twice = [channel for channel in chosen if names.count(channel) > 1]
     if lacking or twice:
         problem = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(twice)} more than once"
         raise SceneError(
@@ -139,9 +146,8 @@ def physical_table(channels: Sequence[str], sun: Sun) -> np.ndarray:
     for row, channel in enumerate(channels):
         calibration = CALIBRATIONS[channel]
         radiance = to_radiance(numbers, calibration)
-        table[row] = (
-            to_kelvin(radiance) if calibration.esun is None else to_reflectance(radiance, channel, sun)
-        )
+        thermal = calibration.esun is None
+        table[row] = to_kelvin(radiance) if thermal else to_reflectance(radiance, channel, sun)
         table[row, :SMALLEST_NUMBER] = np.nan
     return table
 
@@ -154,7 +160,7 @@ def to_radiance(numbers: np.ndarray, calibration: Calibration) -> np.ndarray:
 
 def to_reflectance(radiance: np.ndarray, channel: str, sun: Sun) -> np.ndarray:
     """Return radiance in W/(m2 sr um) as reflectance at the top of the atmosphere."""
-    irradiance = CALIBRATIONS[channel].esun * math.sin(math.radians(sun.elevation))
+    irradiance = CALIBRATIONS[channel].irradiance() * math.sin(math.radians(sun.elevation))
     return math.pi * radiance * sun.distance**2 / irradiance
 
 

@@ -37,7 +37,7 @@ from prep.competition import PrepError
 from prep.hkh import Filter, Grid, Resources, prepare
 from prep.hkh_sample import LABELS_FILE, SCENE_SEED
 from prep.labels import IGNORE, OTHER_OR_LAKE
-from prep.store import StoreError, TileStore
+from prep.store import StoreError, TileStore, locked
 from prep.synthetic import make_scene
 from solution import InputError
 
@@ -499,6 +499,25 @@ def test_an_interrupted_run_continues_to_the_same_bytes(sample, tmp_path, monkey
     assert again == [path.stem for path in scene_paths(sample)[1:]]
     assert contents(tmp_path / "hkh") == contents(tmp_path / "whole")
     assert left_over(tmp_path) == ["hkh", "whole"]
+
+
+def test_one_store_is_made_by_one_process(sample, tmp_path):
+    (tmp_path / ".hkh-partial").mkdir()
+    with (
+        locked(tmp_path / ".hkh-partial"),
+        pytest.raises(StoreError, match="another process makes this store"),
+    ):
+        prepare(source_of(sample), tmp_path / "hkh", SMALL)
+    assert left_over(tmp_path) == [".hkh-partial"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null"])
+def test_a_damaged_partial_result_is_made_again(sample, tmp_path, content):
+    folder = tmp_path / ".hkh-partial" / scene_paths(sample)[0].stem
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(content)
+    assert prepare(source_of(sample), tmp_path / "hkh", SMALL).tiles
+    assert left_over(tmp_path) == ["hkh"]
 
 
 @pytest.mark.parametrize("change", ["settings", "labels"])
