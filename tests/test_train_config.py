@@ -103,6 +103,8 @@ def test_override_without_key_or_value(override):
         "loss.mcc=-1",
         "loss.lovasz=inf",
         "loss.boundary_sigma=0",
+        "loss.border_smoothing=0.6",
+        "loss.border_sigma=0",
         "loss.interface_weight=0.5",
         "loss.boundary_ramp_epochs=-1",
         "loss.tversky_alpha=0",

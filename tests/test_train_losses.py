@@ -8,15 +8,18 @@ import segmentation_models_pytorch as smp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.stats import norm
 from sklearn.metrics import jaccard_score, matthews_corrcoef
 from torch.nn import functional
 
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE, allowed_classes
 from train.config import LossConfig
 from train.losses import (
+    BorderSoftening,
     BorderWeights,
     SetLoss,
+    Softened,
     border_pairs,
     boundary_loss,
     dice_loss,
@@ -376,6 +379,129 @@ def test_sets_become_their_likeliest_class():
         assert loss(pixels).item() == loss(certain).item()
 
 
+# --- Softened targets at borders ----------------------------------------------------------------------------
+
+
+def softened_pixels(logits: torch.Tensor, codes: torch.Tensor, sigma: float = 2.0, largest: float = 0.5):
+    # --- Softened targets at borders ----------------------------------------------------------------------------
+    share, across = (part.flatten() for part in BorderSoftening(TABLE, sigma, largest)(codes))
+    rows = share.nonzero()[:, 0]
+    softened = Softened(rows, TABLE[across[rows].long()], share[rows])
+    return pixels_of(logits, codes)._replace(softened=softened), share
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_a_straight_border_moves_what_a_gaussian_error_of_it_would(sigma):
+    codes = torch.zeros(1, 40, 40, dtype=torch.uint8)
+    codes[:, 20:] = 1
+    share, across = BorderSoftening(TABLE, sigma, 0.5)(codes)
+    distance = np.abs(np.arange(40) - 19.5)  # of pixel centres to the border
+    assert share[0, :, 5].numpy() == pytest.approx(norm.cdf(-distance / sigma), abs=0.01)
+    moved = share > 0
+    assert torch.equal(across[moved], 1 - codes[moved])
+    assert torch.equal(across[~moved], codes[~moved])
+
+
+@pytest.mark.parametrize("codes", [[0, 1], [0, 1, 2, 3, IGNORE], ALL_CODES])
+def test_shares_are_those_of_the_likeliest_disjoint_label_around(codes):
+    rng = np.random.default_rng(1)
+    labels = np.kron(rng.choice(codes, (2, 5, 6)), np.ones((1, 5, 5))).astype(np.uint8)
+    share, across = BorderSoftening(TABLE, 1.0, 0.3)(torch.from_numpy(labels))
+    classes = {code: set(np.flatnonzero(allowed_classes()[code])) for code in ALL_CODES}
+    for image, found, to in zip(labels, share.numpy(), across.numpy()):
+        around = {
+            code: gaussian_filter((image == code).astype(float), 1.0, mode="constant", truncate=3)
+            for code in ALL_CODES[:-1]
+        }
+        total = sum(around.values())
+        for place in np.ndindex(image.shape):
+            own = image[place]
+            rivals = [code for code in around if classes[own] and not classes[own] & classes[code]]
+            best = max(rivals, key=lambda code: around[code][place], default=own)
+            expected = min(1, 2 * around[best][place] / total[place]) * 0.3 if rivals else 0.0
+            assert found[place] == pytest.approx(expected, abs=1e-5)
+            if found[place] > 0:  # of equally frequent labels either will do
+                assert to[place] in rivals
+                assert around[to[place]][place] == pytest.approx(around[best][place], abs=1e-6)
+            else:
+                assert to[place] == own
+
+
+@pytest.mark.parametrize("turn", [lambda x: x.flip(1), lambda x: x.flip(2), lambda x: x.rot90(1, (1, 2))])
+def test_softening_turns_with_the_labels(turn):
+    codes = random_codes(ALL_CODES)
+    softening = BorderSoftening(TABLE, 1.5, 0.5)
+    for turned, expected in zip(softening(turn(codes)), softening(codes)):
+        assert torch.allclose(turned.float(), turn(expected).float(), atol=1e-6)
+
+
+def test_softened_losses_are_those_of_the_mixed_target():
+    """Cross-entropy with soft targets by PyTorch, Dice and MCC by their formulas on mixed one-hot maps."""
+    logits, codes = random_logits(), random_codes([0, 1, 2])
+    pixels, share = softened_pixels(logits, codes)
+    assert (share > 0).any()
+    target = functional.one_hot(codes.flatten().long(), 4).float()
+    across = BorderSoftening(TABLE, 2.0, 0.5)(codes)[1].flatten().long()
+    target = (1 - share[:, None]) * target + share[:, None] * functional.one_hot(across, 4)
+    assert torch.allclose(posterior_target(pixels), target, atol=1e-6)
+    flat = logits.movedim(1, -1).reshape(-1, 4)
+    cross_entropy = functional.cross_entropy(flat, target)
+    assert focal_loss(pixels, 0.0).item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    ones = torch.ones(len(flat))
+    assert boundary_loss(pixels, ones).item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    probs = flat.softmax(dim=-1)
+    dice = 1 - (2 * torch.minimum(probs, target).sum(dim=0) / (probs + target).sum(dim=0))[:3].mean()
+    assert dice_loss(pixels).item() == pytest.approx(dice.item(), rel=1e-4)
+    agree, p, t = torch.minimum(probs, target).sum(dim=1).mean(), probs.mean(dim=0), target.mean(dim=0)
+    mcc = (agree - p @ t) / ((1 - p @ p) * (1 - t @ t)).sqrt()
+    assert mcc_loss(pixels).item() == pytest.approx(1 - mcc.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("term", ["focal", "dice", "mcc"])
+def test_the_mixed_target_has_the_smallest_loss(term):
+    """One column of pixels each side of a border: descent ends at the softened target, not at 0 or 1."""
+    codes = torch.tensor([[[0] * 6 + [1] * 6] * 2], dtype=torch.uint8)
+    logits = torch.zeros(1, 4, 2, 12, requires_grad=True)
+    weights = {**dict.fromkeys(EVERY_TERM, 0.0), term: 1.0}
+    loss = SetLoss(LossConfig(**weights, gamma=0.0, border_smoothing=0.5, border_sigma=1.0))
+    optimizer = torch.optim.Adam([logits], lr=0.2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(logits, codes).backward()
+        optimizer.step()
+    share = BorderSoftening(TABLE, 1.0, 0.5)(codes)[0][0, 0]
+    expected = torch.cat([share[4:6], 1 - share[6:8]])
+    found = logits.detach().softmax(dim=1)[0, 1, 0]  # probability of class 1 along the row
+    assert found[4:8].numpy() == pytest.approx(expected.numpy(), abs=0.03)
+
+
+def test_sets_stay_sets_at_borders():
+    codes = torch.full((1, 8, 8), GLACIER_OR_DEBRIS, dtype=torch.uint8)
+    codes[:, :, :4] = 0
+    logits = random_logits()[:1, :, :8, :7].repeat(1, 1, 1, 2)[..., :8]
+    pixels, share = softened_pixels(logits, codes)
+    target = posterior_target(pixels).reshape(8, 8, 4)
+    share = share.reshape(8, 8)
+    assert torch.allclose(target[:, :4, 1:3].sum(dim=-1), share[:, :4], atol=1e-6)
+    assert torch.allclose(target[:, 4:, 0], share[:, 4:], atol=1e-6)
+    posterior = logits.softmax(dim=1)[0]
+    ratio = target[:, 4:, 1] / target[:, 4:, 2]
+    assert torch.allclose(ratio, (posterior[1] / posterior[2])[:, 4:], rtol=1e-3)
+    inside = torch.full((1, 8, 8), GLACIER_OR_DEBRIS, dtype=torch.uint8)
+    inside[:, :, :4] = 1  # may be the same class: no border
+    assert not BorderSoftening(TABLE, 2.0, 0.5)(inside)[0].any()
+
+
+def test_without_a_border_or_without_smoothing_nothing_changes():
+    logits = random_logits()
+    weights = {"mcc": 1.0, "boundary": 1.0}
+    for codes, smoothing in ((random_codes([1, IGNORE]), 0.5), (random_codes([0, 1]), 0.0)):
+        plain = SetLoss(LossConfig(**weights))(logits, codes)
+        assert (
+            SetLoss(LossConfig(**weights, border_smoothing=smoothing))(logits, codes).item() == plain.item()
+        )
+
+
 # --- All terms together -------------------------------------------------------------------------------------
 
 
@@ -397,8 +523,9 @@ def test_every_term_counts_by_its_weight():
 
 @pytest.mark.parametrize("term", list(EVERY_TERM))
 @pytest.mark.parametrize("codes", [ALL_CODES, [1], [GLACIER_OR_DEBRIS], [0, IGNORE]])
-def test_gradients_are_finite(term, codes):
-    config = LossConfig(**{**dict.fromkeys(EVERY_TERM, 0.0), term: 1.0})
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_gradients_are_finite(term, codes, smoothing):
+    config = LossConfig(**{**dict.fromkeys(EVERY_TERM, 0.0), term: 1.0}, border_smoothing=smoothing)
     logits = random_logits().requires_grad_()
     value = SetLoss(config)(logits, random_codes(codes))
     value.backward()

@@ -95,6 +95,11 @@ class LossConfig:
     tversky_alpha: float = 0.3  # weight of false positives in it (Salehi et al. 2017, arXiv 1706.05721),
     tversky_beta: float = 0.7  # and of false negatives; both 0.5 is Dice
     lovasz: float = 0.0  # weight of the Lovasz-softmax term
+    # The share of a pixel's target that moves to the other class right at a border between classes, 0.5 where
+    # the true border is as likely on either side; further away it falls as if borders were drawn with a
+    # Gaussian error of border_sigma. Focal, Dice, MCC and boundary term; 0: labels are taken as they are.
+    border_smoothing: float = 0.0
+    border_sigma: float = 1.5  # pixels
 
 
 @dataclass
@@ -249,6 +254,8 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
         ("loss.boundary_ramp_epochs", loss.boundary_ramp_epochs, loss.boundary_ramp_epochs >= 0, "0 or more"),
         ("loss.tversky_alpha", loss.tversky_alpha, loss.tversky_alpha > 0, "more than 0"),
         ("loss.tversky_beta", loss.tversky_beta, loss.tversky_beta > 0, "more than 0"),
+        ("loss.border_smoothing", loss.border_smoothing, 0 <= loss.border_smoothing <= 0.5, "0 to 0.5"),
+        ("loss.border_sigma", loss.border_sigma, 0 < loss.border_sigma <= 16, "0 to 16 pixels"),
         ("optim.lr", optim.lr, optim.lr > 0, "more than 0"),
         (
             "optim.encoder_lr_factor",

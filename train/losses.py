@@ -4,23 +4,27 @@ The target of a pixel is the network's own detached posterior, restricted to the
 renormalised. A certain label is the special case of a set of one, so there is no second code path, and the
 gradient of the log-likelihood of the set equals that of the cross-entropy against this target.
 
+Near a border between classes the target may be softened (`BorderSoftening`): a share of it moves to the set of
+classes that the label across the border allows.
+
 The exceptions are Tversky and Lovasz-softmax, which are there for comparisons and are those of
 segmentation_models_pytorch: they know certain labels only, and get the likeliest class of the target.
 """
 
 import math
-from typing import NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
 from segmentation_models_pytorch.losses import MULTICLASS_MODE, LovaszLoss, TverskyLoss
 from torch import Tensor, nn
 
-from prep.labels import allowed_classes
+from prep.labels import CODE_CLASSES, allowed_classes
 from solution import CLASS_NAMES
 from train.config import LossConfig
 
 SMALLEST = 1e-7  # keeps the power and the quotients below differentiable
 SMALLEST_VARIANCES = 1e-14  # of MCC, below what one pixel among ten million makes
+BLUR_REACH = 3  # a Gaussian neighbourhood ends after so many sigmas, beyond which 0.3 % of it would lie
 REACH = 5  # border weights are 0 beyond so many sigmas, where exp(-REACH) is 0.007
 INTERFACE = (CLASS_NAMES.index("glacier"), CLASS_NAMES.index("debris"))
 
@@ -28,11 +32,25 @@ INTERFACE = (CLASS_NAMES.index("glacier"), CLASS_NAMES.index("debris"))
 class LabelledPixels(NamedTuple):
     """The pixels with a label, N of them, one row each, float32 or bool, classes in the last axis.
 
-    `logits` (N, 4); `allowed` (N, 4) bool, the classes that the label allows.
+    `logits` (N, 4); `allowed` (N, 4) bool, the classes that the label allows; `softened` what moves across
+    a nearby border, None where nothing does.
     """
 
     logits: Tensor
     allowed: Tensor
+    softened: Optional["Softened"] = None
+
+
+class Softened(NamedTuple):
+    """The M of N pixels whose targets are softened, as rows of LabelledPixels.
+
+    `rows` (M,) int64; `allowed` (M, 4) bool, the classes of the label across the border; `share` (M,) float32
+    of the target that is theirs.
+    """
+
+    rows: Tensor
+    allowed: Tensor
+    share: Tensor
 
 
 def labelled_pixels(logits: Tensor, codes: Tensor, table: Tensor) -> LabelledPixels:
@@ -49,8 +67,20 @@ def labelled_pixels(logits: Tensor, codes: Tensor, table: Tensor) -> LabelledPix
 
 
 def posterior_target(pixels: LabelledPixels) -> Tensor:
-    """Return (N, 4): the detached softmax over the allowed classes, 0 for the others."""
-    return pixels.logits.detach().masked_fill(~pixels.allowed, -torch.inf).softmax(dim=-1)
+    """Return (N, 4): the detached softmax over the allowed classes, 0 for the others.
+
+    Of softened pixels a share is the softmax over the classes across the border.
+    """
+    target = _restricted(pixels.logits, pixels.allowed)
+    if pixels.softened is None:
+        return target
+    rows, allowed, share = pixels.softened
+    across = _restricted(pixels.logits[rows], allowed)
+    return target.index_copy(0, rows, torch.lerp(target[rows], across, share[:, None]))
+
+
+def _restricted(logits: Tensor, allowed: Tensor) -> Tensor:
+    return logits.detach().masked_fill(~allowed, -torch.inf).softmax(dim=-1)
 
 
 def log_likelihood(pixels: LabelledPixels) -> Tensor:
@@ -59,14 +89,30 @@ def log_likelihood(pixels: LabelledPixels) -> Tensor:
     return (within - pixels.logits.logsumexp(dim=-1)).clamp(max=0)
 
 
+def expected_over_sides(pixels: LabelledPixels, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return (N,): the loss of the log-likelihoods, for softened pixels its mean over both labels' sets.
+
+    Args:
+        pixels: logits and allowed classes.
+        loss: from log-likelihoods (N,) to losses (N,).
+    """
+    losses = loss(log_likelihood(pixels))
+    if pixels.softened is None:
+        return losses
+    rows, allowed, share = pixels.softened
+    across = loss(log_likelihood(LabelledPixels(pixels.logits[rows], allowed)))
+    return losses.index_add(0, rows, share * (across - losses[rows]))
+
+
 def focal_loss(pixels: LabelledPixels, gamma: float, class_weights: Optional[Tensor] = None) -> Tensor:
     """Return the mean of -(1 - p)^gamma log p, p the probability of the allowed classes.
 
     With `class_weights` (4,), the mean weighted by the target's class, as in
     `torch.nn.functional.cross_entropy`. Focal loss: Lin et al. 2017, arXiv 1708.02002.
     """
-    log_p = log_likelihood(pixels)
-    losses = -log_p * (-torch.expm1(log_p)).clamp(min=SMALLEST) ** gamma
+    losses = expected_over_sides(
+        pixels, lambda log_p: -log_p * (-torch.expm1(log_p)).clamp(min=SMALLEST) ** gamma
+    )
     if class_weights is None:
         return losses.mean()
     weights = posterior_target(pixels) @ class_weights
@@ -97,9 +143,14 @@ def mcc_loss(pixels: LabelledPixels) -> Tensor:
     a set, so that a network is not pushed towards the class of the set that it already prefers. For hard
     labels and predictions this is the correlation that scikit-learn returns, 0 where it is undefined.
     """
-    correct = log_likelihood(pixels).exp().mean(dtype=torch.float64)  # single pixels of a class must count
-    predicted = pixels.logits.softmax(dim=-1).mean(dim=0, dtype=torch.float64)  # (4,)
-    labelled = posterior_target(pixels).mean(dim=0, dtype=torch.float64)  # (4,)
+    probs, target = pixels.logits.softmax(dim=-1), posterior_target(pixels)
+    agreement = log_likelihood(pixels).exp()
+    if pixels.softened is not None:
+        rows = pixels.softened.rows
+        agreement = agreement.index_copy(0, rows, torch.minimum(probs[rows], target[rows]).sum(dim=-1))
+    correct = agreement.mean(dtype=torch.float64)  # float64: single pixels of a class must count
+    predicted = probs.mean(dim=0, dtype=torch.float64)  # (4,)
+    labelled = target.mean(dim=0, dtype=torch.float64)  # (4,)
     covariance = correct - (predicted * labelled).sum()
     variances = (predicted * (1 - predicted)).sum() * (labelled * (1 - labelled)).sum()
     return (1 - covariance / variances.clamp(min=SMALLEST_VARIANCES).sqrt()).float()
@@ -110,7 +161,8 @@ def boundary_loss(pixels: LabelledPixels, weights: Tensor) -> Tensor:
 
     0 where all weights are 0: a batch without any border between classes.
     """
-    return -(log_likelihood(pixels) * weights).sum() / weights.sum().clamp(min=SMALLEST)
+    losses = expected_over_sides(pixels, torch.neg)
+    return (losses * weights).sum() / weights.sum().clamp(min=SMALLEST)
 
 
 def tversky_loss(pixels: LabelledPixels, alpha: float, beta: float) -> Tensor:
@@ -232,6 +284,59 @@ class BorderWeights(nn.Module):
         return torch.exp(-distance_to(marked, math.ceil(REACH * self.sigma)) / self.sigma)
 
 
+class BorderSoftening(nn.Module):
+    """How much of a pixel's target moves to the label across a border, where borders are drawn inexactly.
+
+    If the label map is off by a Gaussian shift of `sigma` pixels, the label at a pixel is really another one
+    with the share that this label has in the pixel's Gaussian neighbourhood: for a straight border at
+    distance d, Phi(-d / sigma), a half at the border itself. `largest` is what a half becomes, so 0.5 is
+    this model and less moves proportionally less; no pixel moves more than `largest`.
+
+    Of several labels around only the most frequent one counts, and only one that surely differs from the
+    pixel's own: sets that share a class with it are no evidence of another class.
+    """
+
+    def __init__(self, table: Tensor, sigma: float, largest: float) -> None:
+        """Take the table (256, 4) bool of allowed classes, sigma in pixels, and the largest share."""
+        super().__init__()
+        self.largest = largest
+        self.reach = math.ceil(BLUR_REACH * sigma)
+        offsets = torch.arange(-self.reach, self.reach + 1, dtype=torch.float32)
+        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+        self.kernel = (kernel / kernel.sum()).tolist()
+        self.register_buffer("borders", border_pairs(table)[0], persistent=False)
+
+    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shares that move (B, H, W) float32, and the codes that they move to (B, H, W) uint8.
+
+        Where nothing moves, the share is 0 and the code the pixel's own. `codes` (B, H, W) uint8; pixels
+        without a label count neither as neighbours nor move.
+        """
+        known = [code for code in CODE_CLASSES if (codes == code).any()]
+        if len(known) < 2:
+            return torch.zeros(codes.shape, device=codes.device), codes
+        around = torch.stack([self._blur((codes == code).float()) for code in known])  # (K, B, H, W)
+        differs = self.borders[torch.tensor(known, device=codes.device)[:, None, None, None], codes.long()]
+        most, label = (around * differs).max(dim=0)
+        share = most / around.sum(dim=0).clamp(min=SMALLEST)
+        moved = (2 * share).clamp(max=1) * self.largest
+        across = torch.tensor(known, dtype=torch.uint8, device=codes.device)[label]
+        return moved, torch.where(moved > 0, across, codes)
+
+    def _blur(self, values: Tensor) -> Tensor:
+        """Return the Gaussian mean of (B, H, W), 0 beyond the edges."""
+        for dim in (1, 2):
+            blurred = values * self.kernel[self.reach]
+            length = values.shape[dim]
+            for offset in range(1, min(self.reach, length - 1) + 1):
+                weight = self.kernel[self.reach + offset]
+                for here, there in ((0, offset), (offset, 0)):
+                    neighbour = values.narrow(dim, there, length - offset)
+                    blurred.narrow(dim, here, length - offset).add_(neighbour, alpha=weight)
+            values = blurred
+        return values
+
+
 class SetLoss(nn.Module):
     """Weighted sum of losses on logits (B, 4, H, W) and label codes (B, H, W)."""
 
@@ -243,6 +348,7 @@ class SetLoss(nn.Module):
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("class_weights", _to_weights(config.class_weights), persistent=False)
         self.border_weights = BorderWeights(table, config.boundary_sigma, config.interface_weight)
+        self.softening = BorderSoftening(table, config.border_sigma, config.border_smoothing)
 
     def forward(self, logits: Tensor, codes: Tensor, epochs: float = math.inf) -> Tensor:
         """Return the loss, 0 (with a gradient of 0) where no pixel has a label.
@@ -256,6 +362,8 @@ class SetLoss(nn.Module):
         if len(pixels.logits) == 0:
             return logits.float().sum() * 0.0
         config = self.config
+        if config.border_smoothing:
+            pixels = pixels._replace(softened=self._softened(codes))
         loss = logits.new_zeros((), dtype=torch.float32)
         if config.focal:
             loss = loss + config.focal * focal_loss(pixels, config.gamma, self.class_weights)
@@ -271,6 +379,14 @@ class SetLoss(nn.Module):
         if config.lovasz:
             loss = loss + config.lovasz * lovasz_loss(pixels)
         return loss
+
+    def _softened(self, codes: Tensor) -> Softened:
+        """Return the softened ones of the pixels that `labelled_pixels` keeps."""
+        share, across = self.softening(codes)
+        keep = self.table.any(dim=-1)[codes.long()]
+        share, across = share[keep], across[keep]
+        rows = share.nonzero()[:, 0]
+        return Softened(rows, self.table[across[rows].long()], share[rows])
 
     def _weights_of(self, codes: Tensor) -> Tensor:
         """Return the border weights (N,) of the pixels that `labelled_pixels` keeps."""
