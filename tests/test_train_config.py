@@ -109,6 +109,7 @@ def test_override_without_key_or_value(override):
         "loss.boundary_ramp_epochs=-1",
         "loss.tversky_alpha=0",
         "data.mix=1.5",
+        "model.dropout=1",
         "data.scaling=minmax",
         "optim.schedule=linear",
         "optim.restart_epochs=0",

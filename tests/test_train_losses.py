@@ -383,7 +383,7 @@ def test_sets_become_their_likeliest_class():
 
 
 def softened_pixels(logits: torch.Tensor, codes: torch.Tensor, sigma: float = 2.0, largest: float = 0.5):
-    # --- Softened targets at borders ----------------------------------------------------------------------------
+    """Return the pixels, each with a label, their targets softened, and the share (N,) that moves."""
     share, across = (part.flatten() for part in BorderSoftening(TABLE, sigma, largest)(codes))
     rows = share.nonzero()[:, 0]
     softened = Softened(rows, TABLE[across[rows].long()], share[rows])

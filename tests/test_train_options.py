@@ -5,17 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from train_helpers import make_store, make_tile
 
 from prep.labels import IGNORE
 from prep.store import TileStore
-from solution import build_network, normalize
+from solution import NETWORKS, build_network, normalize
 from train.config import AugmentConfig, Config, ConfigError, DataConfig, load_config
 from train.data import Crop, CropDataset, Tile, open_fold, paste_rectangle, tile_normalization
 from train.evaluate import as_member, predict_run, read_fold, scaled_for
 from train.fit import RunError, fit_fold
 from train.losses import SetLoss
-from train.module import SegmentationModule
+from train.module import SegmentationModule, find_head
 from train.package import require_shippable
 
 SMOKE = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
@@ -166,6 +167,79 @@ def test_records_of_older_runs_mean_statistics(store, tmp_path):
     assert record.pop("scaling") == "statistics"
     image = TileStore(store).image("000")
     assert scaled_for(as_member(record), record, image).normalization == record["normalization"]
+
+
+# --- Dropout ------------------------------------------------------------------------------------------------
+
+WITH_HEADS = {
+    "Unet": {"encoder_name": "resnet18", "encoder_depth": 3, "decoder_channels": [32, 16, 16]},
+    "CoarseUnet": {"encoder_name": "resnet18", "encoder_depth": 3, "decoder_channels": [32, 16, 16]},
+    "RefinedUnet": {"encoder_name": "resnet18", "encoder_depth": 3, "decoder_channels": [32, 16, 16]},
+    "SEResUNet": {"width": 8, "levels": 2},
+}
+
+
+def module_of(name: str, dropout: float) -> SegmentationModule:
+    config = load_config(None, [f"model.name={name}", f"model.dropout={dropout}"])
+    config.model.args = WITH_HEADS[name]
+    torch.manual_seed(0)
+    return SegmentationModule(config)
+
+
+@pytest.mark.parametrize("name", list(WITH_HEADS))
+def test_dropout_drops_whole_maps_before_the_head_in_training_only(name):
+    plain, dropping = module_of(name, 0.0), module_of(name, 0.25)
+    state = dropping.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in plain.state_dict().items())
+    assert len(state) == len(plain.state_dict())
+    x = torch.randn(8, 5, 64, 64)
+    seen = []
+    for module in (plain, dropping):
+        find_head(module.network).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        assert torch.equal(dropping.eval()(x), plain.eval()(x))
+        seen.clear()
+        plain.train()(x)
+        dropping.train()(x)
+    whole, left = (maps.flatten(2) for maps in seen)
+    kept = left.any(dim=2)
+    assert torch.allclose(left, whole * kept[:, :, None] / 0.75, atol=1e-6)
+    assert 0.1 < float((~kept & whole.any(dim=2)).float().mean()) < 0.4
+
+
+def test_maps_that_stay_make_up_for_those_that_are_dropped():
+    head = find_head(module_of("Unet", 0.25).network)
+    with torch.no_grad():
+        head[0].weight.fill_(0)
+        head[0].weight[:, :, 1, 1] = 1.0  # logits are sums over the maps
+        head[0].bias.zero_()
+        logits = head.train()(torch.ones(2000, 16, 1, 1))
+    assert float(logits.mean()) == pytest.approx(16, rel=0.01)
+    assert float(logits.std()) == pytest.approx((16 * 0.25 / 0.75) ** 0.5, rel=0.05)
+
+
+def test_a_network_without_a_known_head_takes_no_dropout(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "Headless", lambda **_: torch.nn.Conv2d(5, 4, 1))
+    with pytest.raises(ConfigError, match="model.dropout is 0.5, but network Conv2d has no head"):
+        SegmentationModule(load_config(None, ["model.name=Headless", "model.dropout=0.5"]))
+
+
+def test_a_resumed_run_drops_the_same_maps(store, tmp_path):
+    """Two epochs at once, and the second one after a break, end in the same weights."""
+    config = smoke_config(store, "model.dropout=0.3", "optim.schedule=cosine", "optim.warmup_steps=0")
+
+    class Break(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                raise RuntimeError("break")
+
+    with pytest.raises(RuntimeError, match="break"):
+        fit_fold(config, 0, tmp_path / "broken", callbacks=[Break()])
+    states = []
+    for name in ("broken", "whole"):
+        fit_fold(config, 0, tmp_path / name)
+        states.append(read_fold(tmp_path / name / "fold0" / "fold.pt")["state_dict"])
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 # --- The optimiser ------------------------------------------------------------------------------------------

@@ -70,6 +70,9 @@ class ModelConfig:
     # Momentum of BatchNorm's running statistics. The EfficientNet encoders come with 0.01, which needs more
     # steps than a short run has before its statistics mean anything. null: as the network defines it.
     batchnorm_momentum: Optional[float] = 0.1
+    # Share of the maps that the segmentation head reads which are dropped whole in training (Tompson et al.
+    # 2015, arXiv 1411.4280); besides whatever dropout the network's own arguments ask for.
+    dropout: float = 0.0
     imagenet: bool = False  # start the encoder from ImageNet; see `train.pretrained` for which encoders can
     init: Optional[str] = None  # folder of a run whose fold of the same number gives the first weights
     # Checkpoint of `make pretrain`: it gives the first weights, and the statistics that normalise the bands.
@@ -234,6 +237,7 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
         ("augment.offset", augment.offset, augment.offset >= 0, "0 or more"),
         ("augment.illumination", augment.illumination, 0 <= augment.illumination < 1, "0 or more, under 1"),
         ("model.batchnorm_momentum", momentum, momentum is None or 0 < momentum <= 1, "null or 0 to 1"),
+        ("model.dropout", config.model.dropout, 0 <= config.model.dropout < 1, "0 or more, under 1"),
         (
             "model.pretrained",
             config.model.pretrained,

@@ -4,8 +4,8 @@ The target of a pixel is the network's own detached posterior, restricted to the
 renormalised. A certain label is the special case of a set of one, so there is no second code path, and the
 gradient of the log-likelihood of the set equals that of the cross-entropy against this target.
 
-Near a border between classes the target may be softened (`BorderSoftening`): a share of it moves to the set of
-classes that the label across the border allows.
+Near a border between classes the target may be softened (`BorderSoftening`): a share of it moves to the set
+of classes that the label across the border allows.
 
 The exceptions are Tversky and Lovasz-softmax, which are there for comparisons and are those of
 segmentation_models_pytorch: they know certain labels only, and get the likeliest class of the target.

@@ -36,6 +36,8 @@ class SegmentationModule(pl.LightningModule):
         network = build_network({"name": config.model.name, "args": config.model.args})
         self.network = network.to(memory_format=torch.channels_last)  # 10-20 % faster steps on a CPU
         set_batchnorm_momentum(self.network, config.model.batchnorm_momentum)
+        if config.model.dropout:
+            drop_before_head(self.network, config.model.dropout)
         self.loss = SetLoss(config.loss)
         self.extent_mcc = BinaryMatthewsCorrCoef()
         self.class_mcc = MulticlassMatthewsCorrCoef(num_classes=len(CLASS_NAMES))
@@ -201,6 +203,32 @@ def set_batchnorm_momentum(network: nn.Module, momentum: Optional[float]) -> Non
     for layer in network.modules():
         if momentum is not None and isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.momentum = momentum
+
+
+def drop_before_head(network: nn.Module, share: float) -> None:
+    """Drop a share of the maps that the last layer reads, in training only; the state dict stays the same.
+
+    Raises ConfigError for a network without a layer that is known as its last.
+    """
+    head = find_head(network)
+    if head is None:
+        raise ConfigError(
+            f"model.dropout is {share}, but network {type(network).__name__} has no head of its own to put "
+            "it before; expected 0"
+        )
+    head.register_forward_pre_hook(partial(_drop_maps, share=share))
+
+
+def find_head(network: nn.Module) -> Optional[nn.Module]:
+    """Return the layers that turn maps into logits; None for a network where they are not known."""
+    if hasattr(network, "refine"):  # RefinedUnet: its inner network makes maps, not logits
+        return network.refine[-1]
+    network = getattr(network, "unet", network)
+    return getattr(network, "segmentation_head", getattr(network, "head", None))
+
+
+def _drop_maps(head: nn.Module, inputs: tuple[Tensor, ...], share: float) -> tuple[Tensor]:
+    return (nn.functional.dropout2d(inputs[0], share, training=head.training),)
 
 
 class RampedAveraging(WeightAveraging):
