@@ -79,6 +79,11 @@ BANDS = (
 )
 CLASS_NAMES = ("other", "glacier", "debris", "lake")
 CLASS_VALUES = (0, 85, 170, 255)
+GREEN, SWIR, THERMAL = 1, 3, 4  # in BANDS
+# Maps that a network can be given besides the bands; see DerivedInputs.
+DERIVED_INPUTS = ("ndsi", "temperature_anomaly", "nodata_distance")
+DARKEST_SUM = 0.05  # of two reflectances: below, their quotient is mostly noise and is damped
+NODATA_REACH = 32  # px, further away the distance to nodata is the same
 GLACIER_GROUP = (1, 2)  # glacier of either kind, which the labels know best,
 REST_GROUP = (0, 3)  # and what is none
 
@@ -432,26 +437,120 @@ def warn(message: str) -> None:
 
 # --- Networks -------------------------------------------------------------------------------------
 
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+def run_coarsely(network: Transform, x: torch.Tensor, factor: int) -> torch.Tensor:
+    """Return the maps (B, C, H, W) that `network` makes of `x` at 1/`factor` of its resolution, enlarged."""
+    coarse = nn.functional.avg_pool2d(x, factor)
+    height, width = coarse.shape[2:]
+    maps = network(pad_to_multiple(coarse))[:, :, :height, :width]
+    return nn.functional.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def distance_to(marked: torch.Tensor, reach: int) -> torch.Tensor:
+    """Return (B, H, W) float32: Euclidean distance in pixels to the nearest marked pixel, inf beyond `reach`.
+
+    Exact for distances up to `reach`, on any device: the squared distance is a minimum first over the rows,
+    then over the columns, since its two parts add up (Felzenszwalb and Huttenlocher 2012,
+    doi 10.4086/toc.2012.v008a019, with a minimum over all offsets in reach for their lower envelope).
+
+    Args:
+        marked: (B, H, W) bool.
+        reach: pixels.
+    """
+    squares = torch.where(marked, 0.0, math.inf).to(torch.float32)
+    for dim in (1, 2):
+        squares = nearest_along(squares, reach, dim)
+    return squares.masked_fill_(squares > reach**2, math.inf).sqrt_()
+
+
+def nearest_along(squares: torch.Tensor, reach: int, dim: int) -> torch.Tensor:
+    """Return the minimum over offsets o along `dim`, at most `reach`, of the value there plus o^2."""
+    nearest = squares.clone()
+    length = squares.shape[dim]
+    for offset in range(1, min(reach, length - 1) + 1):
+        shifted = squares + offset**2
+        for here, there in ((0, offset), (offset, 0)):
+            part = nearest.narrow(dim, here, length - offset)
+            torch.minimum(part, shifted.narrow(dim, there, length - offset), out=part)
+    return nearest
+
+
+class DerivedInputs(nn.Module):
+    """Puts maps behind the five normalised bands that are made of them; (B, 5, H, W) to (B, 5 + n, H, W).
+
+    ndsi: (green - SWIR-1) / (green + SWIR-1) of the reflectances (Hall et al. 1995, doi
+    10.1016/0034-4257(95)00137-P), which illumination leaves alone; 0 where one of them is nodata.
+    temperature_anomaly: temperature less the median of the image's valid pixels, in the normalised unit.
+    nodata_distance: to the nearest pixel without any band, 0 to 1 at NODATA_REACH pixels and beyond.
+
+    A band is nodata where it is exactly 0, as `normalize` and padding leave it. Of the three only NDSI needs
+    physical units: `mean` and `std` are what bands were normalised with, set by training (`set_units`) and
+    stored with the weights. As they are first, inputs count as physical units.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        unknown = sorted(set(names) - set(DERIVED_INPUTS))
+        if unknown:
+            raise InputError(
+                f"derived input {unknown[0]!r} is unknown, expected some of {', '.join(DERIVED_INPUTS)}"
+            )
+        self.names = tuple(names)
+        self.register_buffer("mean", torch.zeros(len(BANDS)))
+        self.register_buffer("std", torch.ones(len(BANDS)))
+
+    def set_units(self, normalization: Mapping[str, List[float]]) -> None:
+        """Take the mean and standard deviation that the bands are normalised with."""
+        self.mean.copy_(torch.tensor(list(normalization["mean"])))
+        self.std.copy_(torch.tensor(list(normalization["std"])))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the bands and, behind them, the maps in the order of their names."""
+        with torch.no_grad():
+            maps = [getattr(self, name)(x)[:, None] for name in self.names]
+        joined = torch.cat([x, *maps], dim=1)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return joined.contiguous(memory_format=torch.channels_last)
+        return joined
+
+    def ndsi(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalised difference snow index (B, H, W), -1 to 1."""
+        green, swir = (x[:, band] * self.std[band] + self.mean[band] for band in (GREEN, SWIR))
+        index = (green - swir) / (green + swir).clamp(min=DARKEST_SUM)
+        known = (x[:, GREEN] != 0) & (x[:, SWIR] != 0)
+        return torch.where(known, index.clamp(-1, 1), 0.0)
+
+    def temperature_anomaly(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the temperature (B, H, W) less the median of its image, 0 where nodata."""
+        thermal = x[:, THERMAL]
+        known = thermal != 0
+        median = torch.where(known, thermal, math.nan).flatten(1).nanmedian(dim=1).values
+        return torch.where(known, thermal - median[:, None, None], 0.0)
+
+    def nodata_distance(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the distance (B, H, W) to the nearest nodata pixel as a share of NODATA_REACH."""
+        return (distance_to((x == 0).all(dim=1), NODATA_REACH) / NODATA_REACH).clamp(max=1)
+
 
 class CoarseUnet(nn.Module):
     """A U-Net that sees the image at 1/`factor` of its resolution, and whose logits are enlarged again.
 
     Glaciers are large against a pixel of 30 m: for the same work a step covers `factor`^2 times the area.
+    `derived` names maps that it sees besides the bands; see DerivedInputs.
     """
 
-    def __init__(self, factor: int = 2, **args: Any) -> None:
+    def __init__(self, factor: int = 2, derived: Sequence[str] = (), **args: Any) -> None:
         super().__init__()
         self.factor = factor
-        self.unet = smp.Unet(**args)
+        self.derive = DerivedInputs(derived) if derived else nn.Identity()
+        in_channels = args.pop("in_channels", len(BANDS)) + len(derived)
+        self.unet = smp.Unet(in_channels=in_channels, **args)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, 4, H, W) of normalised bands (B, 5, H, W); H and W are multiples of STRIDE."""
-        coarse = nn.functional.avg_pool2d(x, self.factor)
-        height, width = coarse.shape[2:]
-        logits = self.unet(pad_to_multiple(coarse))[:, :, :height, :width]
-        return nn.functional.interpolate(
-            logits, scale_factor=self.factor, mode="bilinear", align_corners=False
-        )
+        return run_coarsely(self.unet, self.derive(x), self.factor)
 
 
 class RefinedUnet(nn.Module):
@@ -478,6 +577,173 @@ class RefinedUnet(nn.Module):
         return self.refine(torch.cat([self.coarse(x), x], dim=1))
 
 
+def double_convolution(before: int, after: int, dropout: float) -> nn.Sequential:
+    """Return two 3x3 convolutions to `after` channels, with whole channels dropped in training."""
+    layers: List[nn.Module] = []
+    for channels in (before, after):
+        layers.append(nn.Conv2d(channels, after, 3, padding=1, bias=False))
+        layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.3)]
+    return nn.Sequential(*layers, nn.Dropout2d(dropout))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, and a projection to as many channels around them."""
+
+    def __init__(self, before: int, after: int, dropout: float) -> None:
+        super().__init__()
+        self.body = double_convolution(before, after, dropout)
+        self.shortcut = nn.Conv2d(before, after, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, after, H, W) of (B, before, H, W)."""
+        return self.body(x) + self.shortcut(x)
+
+
+class ResUNet(nn.Module):
+    """A U-Net of residual blocks (Zhang et al. 2018, arXiv 1711.10684), from features to features."""
+
+    def __init__(self, width: int, steps: int, dropout: float) -> None:
+        super().__init__()
+        widths = [width * 2**step for step in range(steps + 1)]  # the last at the bottom
+        self.down = nn.ModuleList(ResidualBlock(*pair, dropout) for pair in zip([width] + widths, widths))
+        self.enlarge = nn.ModuleList(nn.ConvTranspose2d(2 * n, n, 2, stride=2) for n in widths[-2::-1])
+        self.up = nn.ModuleList(ResidualBlock(2 * n, n, dropout) for n in widths[-2::-1])
+        self.last = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, width, H, W) of the same; H and W are multiples of 2^steps."""
+        skips = [self.down[0](x)]
+        for block in self.down[1:]:
+            skips.append(block(nn.functional.max_pool2d(skips[-1], 2)))
+        x = skips.pop()
+        for enlarge, block in zip(self.enlarge, self.up):
+            x = block(torch.cat([enlarge(x), skips.pop()], dim=1))
+        return self.last(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a perceptron of four times the width, each normalised first and added."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.join = nn.Linear(width, width)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return (B, N, width) of the same."""
+        parts = self.queries_keys_values(self.norm(tokens)).unflatten(2, (3, self.heads, -1))
+        attended = nn.functional.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))
+        tokens = tokens + self.join(attended.transpose(1, 2).flatten(2))
+        return tokens + self.perceptron(tokens)
+
+
+class SETR(nn.Module):
+    """A vision transformer on patches, enlarged again step by step (Zheng et al. 2021, arXiv 2012.15840)."""
+
+    def __init__(self, width: int, depth: int, heads: int, patch: int, grid: int, dropout: float) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(width, width, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, width, grid, grid))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, dropout) for _ in range(depth)))
+        layers: List[nn.Module] = []
+        for _ in range(int(math.log2(patch))):
+            layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+            layers += [nn.LeakyReLU(0.3), nn.Upsample(scale_factor=2, mode="bilinear")]
+        self.decoder = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+
+    def positions_for(self, rows: int, cols: int) -> torch.Tensor:
+        """Return the positional embedding for `rows` x `cols` patches, (1, width, rows, cols)."""
+        return nn.functional.interpolate(
+            self.positions, size=(rows, cols), mode="bilinear", align_corners=False
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, width, H, W) of the same; H and W are multiples of `patch`."""
+        patches = self.embed(x)
+        rows, cols = patches.shape[2:]
+        tokens = (patches + self.positions_for(rows, cols)).flatten(2).transpose(1, 2)
+        return self.decoder(self.blocks(tokens).transpose(1, 2).unflatten(2, (rows, cols)))
+
+
+class GlaViTU(nn.Module):
+    """Glacier-VisionTransformer-U-Net: a SETR for the large picture, then a ResU-Net for the outlines.
+
+    Maslov et al. 2023 (IGARSS), arXiv 2401.15113, with transposed convolutions in place of enlarging and 2x2
+    convolutions, which have as many weights and take a quarter of the work, and activations in the SETR's
+    decoder, as SETR has. `reports/glavitu.md` counts its parameters beside those of the published network.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 5,
+        classes: int = 4,
+        encoder_weights: None = None,
+        width: int = 64,
+        depth: int = 12,
+        heads: int = 4,
+        patch: int = 16,
+        grid: int = 24,
+        steps: int = 3,
+        dropout: float = 0.1,
+        factor: int = 1,
+    ) -> None:
+        """Build the network with random weights; the defaults are the published configuration.
+
+        Args:
+            in_channels: bands.
+            classes: logits a pixel.
+            encoder_weights: None; `build_network` passes it to every network.
+            width: channels of fused input, tokens and the ResU-Net's first step, a multiple of `heads`.
+            depth: transformer blocks.
+            heads: of their attention.
+            patch: side of a patch in pixels, a power of 2 up to 32.
+            grid: patches in a row of the learned positional embedding, interpolated for any other number.
+            steps: how often the ResU-Net halves the resolution, at most 5.
+            dropout: share dropped in training.
+            factor: it works at 1/`factor` of the resolution, as CoarseUnet does.
+        """
+        super().__init__()
+        self.factor = factor
+        self.fuse = double_convolution(in_channels, width, dropout)
+        self.setr = SETR(width, depth, heads, patch, grid, dropout)
+        self.auxiliary_head = nn.Conv2d(width, classes, 1)
+        self.resunet = ResUNet(width, steps, dropout)
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the features (B, width, H, W) that the auxiliary head and the ResU-Net see."""
+        fused = self.fuse(x)
+        return fused + self.setr(fused)
+
+    def decode(self, encoded: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, 4, H, W) of the features (B, width, H, W)."""
+        return self.head(encoded + self.resunet(encoded))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, 4, H, W) of normalised bands (B, 5, H, W); H and W are multiples of STRIDE."""
+        return run_coarsely(lambda coarse: self.decode(self.encode(coarse)), x, self.factor)
+
+    def forward_with_auxiliary(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return what `forward` does and the auxiliary head's logits: deep supervision, in training only."""
+
+        def both(coarse: torch.Tensor) -> torch.Tensor:
+            encoded = self.encode(coarse)
+            return torch.cat([self.decode(encoded), self.auxiliary_head(encoded)], dim=1)
+
+        logits, auxiliary = run_coarsely(both, x, self.factor).chunk(2, dim=1)
+        return logits, auxiliary
+
+
 NETWORKS: Dict[str, Callable[..., nn.Module]] = {
     "Unet": smp.Unet,
     "CoarseUnet": CoarseUnet,
@@ -485,6 +751,7 @@ NETWORKS: Dict[str, Callable[..., nn.Module]] = {
     "UnetPlusPlus": smp.UnetPlusPlus,
     "FPN": smp.FPN,
     "DeepLabV3Plus": smp.DeepLabV3Plus,
+    "GlaViTU": GlaViTU,
 }
 
 
@@ -753,8 +1020,6 @@ def load_model(path: PathLike) -> Model:
 
 
 # --- Passes ---------------------------------------------------------------------------------------
-
-Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class View(NamedTuple):

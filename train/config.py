@@ -137,6 +137,23 @@ class TrainConfig:
 
 
 @dataclass
+class DistilConfig:
+    """What a student learns from its teachers; see `train.distil`."""
+
+    # Folders of finished runs. The networks among them that never saw a fold's held-out tiles teach it.
+    teachers: list[str] = field(default_factory=list)
+    temperature: float = 2.0  # probabilities become p^(1/temperature), renormalised
+    kl: float = 1.0  # weight of temperature^2 times the divergence of the student from its teachers
+    supervised: float = 1.0  # weight of the loss on the labels, whose terms `loss` weighs
+    # Shares of the crops: from labelled tiles, from unlabelled ones, from synthetic scenes.
+    shares: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0])
+    unlabelled: Optional[str] = None  # tile store, or folder with Band1 ... Band5, whose labels are not read
+    synthetic: int = 0  # scenes
+    synthetic_size: int = 512  # their side in pixels
+    synthetic_seed: int = 0
+
+
+@dataclass
 class Config:
     """Everything that a training run depends on."""
 
@@ -146,6 +163,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
 
 
 # Settings that change how fast a run is but not what it is meant to compute: a resumed run may change them.
@@ -286,6 +304,35 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
         ("train.keep", train.keep, train.keep in ("best", "last"), "best or last"),
         ("train.seed", train.seed, 0 <= train.seed < 2**31, "0 to 2147483647"),
         ("train.threads", train.threads, train.threads >= 0, "0 or more"),
+        *_distil_rules(config.distil),
+    ]
+
+
+def _distil_rules(distil: DistilConfig) -> list[tuple[str, Any, bool, str]]:
+    """List the same of what a student learns."""
+    shares = distil.shares
+    sources = len(shares) == 3 and shares[0] > 0 and min(shares) >= 0
+    _, unlabelled, synthetic = shares if sources else (1.0, 0.0, 0.0)
+    return [
+        ("distil.temperature", distil.temperature, 0 < distil.temperature < math.inf, "more than 0"),
+        ("distil.kl", distil.kl, 0 <= distil.kl < math.inf, "0 or more"),
+        ("distil.supervised", distil.supervised, 0 <= distil.supervised < math.inf, "0 or more"),
+        ("distil.kl", distil.kl, distil.kl + distil.supervised > 0, "more than 0, or distil.supervised"),
+        ("distil.shares", shares, sources, "three numbers >= 0, the first more than 0"),
+        (
+            "distil.unlabelled",
+            distil.unlabelled,
+            bool(distil.unlabelled) or not unlabelled,
+            "a folder of tiles, or a second share of 0 in distil.shares",
+        ),
+        (
+            "distil.synthetic",
+            distil.synthetic,
+            distil.synthetic >= (1 if synthetic else 0),
+            "0 or more, and 1 or more where the third of distil.shares is not 0",
+        ),
+        ("distil.synthetic_size", distil.synthetic_size, distil.synthetic_size >= 64, "64 or more pixels"),
+        ("distil.synthetic_seed", distil.synthetic_seed, distil.synthetic_seed >= 0, "0 or more"),
     ]
 
 

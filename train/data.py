@@ -18,6 +18,7 @@ from train.config import AugmentConfig, Config, DataConfig
 
 PERCENTILES = (2, 98)
 MIX_TRIES = 8  # draws after which a crop is mixed with one of its own tile
+ALL_TILES = -2  # the "fold" that holds out no tile
 IN_MEMORY_TILES = 256  # 3 GB; tiles of a larger training set are read when a crop is cut from them
 
 
@@ -59,9 +60,12 @@ class Crop(NamedTuple):
 def split_tiles(store: TileStore, scheme: str, fold: int) -> tuple[list[str], list[str]]:
     """Return the ids of the tiles to train on and of those to validate on, in the order of the store.
 
-    Raises DataError where the scheme has no such fold, or a side of the split has no tile.
+    ALL_TILES holds out none. Raises DataError where the scheme has no such fold, or a side of the split has no
+    tile.
     """
     fold_of = store.fold_of(scheme)
+    if fold == ALL_TILES:
+        return list(store.tile_ids), []
     train = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] != fold]
     val = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] == fold]
     if not val:

@@ -12,7 +12,7 @@ import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
 import lightning
 import lightning.pytorch as pl
@@ -20,11 +20,12 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
+from torch import nn
 
 from prep.labels import CODE_NAMES
 from prep.store import TileStore, locked, name_some
-from solution import CLASS_NAMES, prepare_torch, usable_cores
-from train.config import Config, differing_keys, load_config, save_config, to_dict
+from solution import CLASS_NAMES, DerivedInputs, prepare_torch, usable_cores
+from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
 from train.data import FoldData, open_fold
 from train.module import RampedAveraging, SegmentationModule
 from train.pretrained import load_imagenet
@@ -41,7 +42,33 @@ class RunError(Exception):
     """A run folder does not fit what was asked for; the message says what differs and what to do."""
 
 
-def fit_all(config: Config, run_dir: Path, folds: Optional[Sequence[int]] = None) -> list[dict]:
+def open_labelled(config: Config, fold: int, folder: Path) -> FoldData:
+    """Return the labelled tiles of a fold; raises what `open_fold` does, ConfigError for a student."""
+    if config.distil.teachers:
+        raise ConfigError(
+            f"distil.teachers is {config.distil.teachers}, which `fit` does not use; expected []. Train the "
+            "student with `python -m train distil`."
+        )
+    return open_fold(config, fold, first_normalization(config, fold))
+
+
+class Recipe(NamedTuple):
+    """How a fold is trained.
+
+    `open_data` takes the config, the fold and its folder, in which it may keep files; `make_module` the
+    config.
+    """
+
+    open_data: Callable[[Config, int, Path], FoldData] = open_labelled
+    make_module: Callable[[Config], SegmentationModule] = SegmentationModule
+
+
+FROM_LABELS = Recipe()
+
+
+def fit_all(
+    config: Config, run_dir: Path, folds: Optional[Sequence[int]] = None, recipe: Recipe = FROM_LABELS
+) -> list[dict]:
     """Fit several folds one after the other, by default all of the config's scheme; return their records.
 
     Raises what `fit_fold` raises.
@@ -49,12 +76,18 @@ def fit_all(config: Config, run_dir: Path, folds: Optional[Sequence[int]] = None
     if folds is None:
         numbers = set(TileStore(config.data.store).fold_of(config.data.scheme).values())
         folds = sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
-    records = [fit_fold(config, fold, run_dir) for fold in folds]
+    records = [fit_fold(config, fold, run_dir, recipe=recipe) for fold in folds]
     print(format_records(records), flush=True)
     return records
 
 
-def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callback] = ()) -> dict:
+def fit_fold(
+    config: Config,
+    fold: int,
+    run_dir: Path,
+    callbacks: Sequence[Callback] = (),
+    recipe: Recipe = FROM_LABELS,
+) -> dict:
     """Fit one fold in `run_dir`/fold<k> and return the record in its `fold.pt`, less the weights.
 
     A finished fold is not fitted again, and an interrupted one continues after its last finished epoch, with
@@ -65,6 +98,7 @@ def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callb
         fold: number of the fold to validate on; all others are trained on.
         run_dir: folder of the run, made where missing.
         callbacks: further Lightning callbacks.
+        recipe: where the crops come from and what is done with them.
 
     Raises:
         RunError: the folder holds a run with another config or other tiles, or another process fills it.
@@ -77,7 +111,7 @@ def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callb
         print(f"fold {fold}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
         return record
     prepare_torch(config.train.threads or usable_cores())
-    data = open_fold(config, fold, first_normalization(config, fold))
+    data = recipe.open_data(config, fold, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, wait=False) as alone:
         if not alone:
@@ -86,16 +120,23 @@ def fit_fold(config: Config, fold: int, run_dir: Path, callbacks: Sequence[Callb
         print(describe_fold(fold, data), flush=True)
         recorder = Recorder(folder, fold, config, data)
         with quiet_lightning():
-            _run_lightning(config, data, recorder, callbacks)
+            _run_lightning(partial(recipe.make_module, config), data, recorder, callbacks)
         record = recorder.record()
         write_whole(folder / FOLD_FILE, lambda path: torch.save(record, path))
         (folder / RESUME_FILE).unlink(missing_ok=True)  # several times the size of fold.pt, of no more use
     return read_record(folder / FOLD_FILE)
 
 
-def _run_lightning(config: Config, data: FoldData, recorder: "Recorder", more: Sequence[Callback]) -> None:
+def _run_lightning(
+    make_module: Callable[[], SegmentationModule],
+    data: FoldData,
+    recorder: "Recorder",
+    more: Sequence[Callback],
+) -> None:
+    config = recorder.config
     pl.seed_everything(config.train.seed, verbose=False)
-    module = SegmentationModule(config)
+    module = make_module()
+    set_units(module.network, config, data.normalization)
     if config.model.imagenet:
         load_imagenet(module.network, config.model.args["encoder_name"])
     if config.model.pretrained:
@@ -127,6 +168,21 @@ def _run_lightning(config: Config, data: FoldData, recorder: "Recorder", more: S
         trainer.fit(
             module, data.train_loader, data.val_loader, ckpt_path=resume if resume.is_file() else None
         )
+
+
+def set_units(network: nn.Module, config: Config, normalization: dict) -> None:
+    """Tell layers that return to physical units how the bands are normalised.
+
+    Raises ConfigError where tiles are normalised one by one, so that no units hold for all of them.
+    """
+    for layer in network.modules():
+        if isinstance(layer, DerivedInputs):
+            if config.data.scaling != "statistics":
+                raise ConfigError(
+                    f"data.scaling is {config.data.scaling!r}, expected 'statistics' for a network with "
+                    f"inputs derived from physical units ({', '.join(layer.names)})"
+                )
+            layer.set_units(normalization)
 
 
 def arch_of(config: Config) -> dict:

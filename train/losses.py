@@ -19,7 +19,7 @@ from segmentation_models_pytorch.losses import MULTICLASS_MODE, LovaszLoss, Tver
 from torch import Tensor, nn
 
 from prep.labels import CODE_CLASSES, allowed_classes
-from solution import CLASS_NAMES
+from solution import CLASS_NAMES, distance_to
 from train.config import LossConfig
 
 SMALLEST = 1e-7  # keeps the power and the quotients below differentiable
@@ -224,35 +224,6 @@ def touching(codes: Tensor, pairs: Tensor) -> Tensor:
     found[:, :, 1:] |= right
     found[:, :, :-1] |= right
     return found
-
-
-def distance_to(marked: Tensor, reach: int) -> Tensor:
-    """Return (B, H, W) float32: Euclidean distance in pixels to the nearest marked pixel, inf beyond `reach`.
-
-    Exact for distances up to `reach`, on any device: the squared distance is a minimum first over the rows,
-    then over the columns, since its two parts add up (Felzenszwalb and Huttenlocher 2012,
-    doi 10.4086/toc.2012.v008a019, with a minimum over all offsets in reach for their lower envelope).
-
-    Args:
-        marked: (B, H, W) bool.
-        reach: pixels.
-    """
-    squares = torch.where(marked, 0.0, torch.inf)
-    for dim in (1, 2):
-        squares = _nearest_along(squares, reach, dim)
-    return torch.where(squares <= reach**2, squares, torch.inf).sqrt()
-
-
-def _nearest_along(squares: Tensor, reach: int, dim: int) -> Tensor:
-    """Return the minimum over offsets o along `dim`, at most `reach`, of the value there plus o^2."""
-    nearest = squares.clone()
-    length = squares.shape[dim]
-    for offset in range(1, min(reach, length - 1) + 1):
-        shifted = squares + offset**2
-        for here, there in ((0, offset), (offset, 0)):
-            part = nearest.narrow(dim, here, length - offset)
-            torch.minimum(part, shifted.narrow(dim, there, length - offset), out=part)
-    return nearest
 
 
 class BorderWeights(nn.Module):

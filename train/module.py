@@ -64,15 +64,19 @@ class SegmentationModule(pl.LightningModule):
         sequence = np.random.SeedSequence([self.config.train.seed, self.global_step])
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Return the loss of a batch of crops: images, label codes, classes they were drawn for."""
-        image, codes, classes = batch
-        loss = self.loss(self(image), codes, self.global_step / self.config.data.steps_per_epoch)
+        image, codes, classes = batch[:3]
+        loss = self.batch_loss(self(image), batch)
         self.train_losses.append(loss.detach())
         self.class_counts += np.bincount(classes.cpu().numpy(), minlength=len(CLASS_NAMES))
         self.code_counts += np.bincount(codes.cpu().numpy().ravel(), minlength=256)
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
+
+    def batch_loss(self, logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return the loss of the logits (B, 4, H, W) of a batch."""
+        return self.loss(logits, batch[1], self.global_step / self.config.data.steps_per_epoch)
 
     def train_loss(self) -> float:
         """Return the mean loss of the epoch's steps so far."""

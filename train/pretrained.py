@@ -70,6 +70,8 @@ def rename(
 ) -> dict[str, Tensor]:
     """Return the published weights under the encoder's names, the first convolution spread over the bands.
 
+    Inputs besides the bands, such as `solution.DerivedInputs` adds, weigh 0 at first.
+
     Raises:
         PretrainedError: number, kind or shape of the layers differ.
     """
@@ -77,7 +79,8 @@ def rename(
         raise PretrainedError(f"{encoder_name}: {len(published)} published weights for {len(expected)}")
     renamed = {}
     for (source, value), (name, own) in zip(published.items(), expected.items()):
-        value = spread_over_bands(value) if not renamed else value
+        if not renamed:
+            value = with_silent_inputs(spread_over_bands(value), own.shape[1])
         if value.shape != own.shape or source.rpartition(".")[2] != name.rpartition(".")[2]:
             raise PretrainedError(
                 f"{encoder_name}: {source} {tuple(value.shape)} does not fit {name} {tuple(own.shape)}"
@@ -95,3 +98,8 @@ def spread_over_bands(rgb: Tensor) -> Tensor:
     mean = rgb.mean(dim=1)
     channels = [rgb[:, RGB_OF_BAND[b.name]] if b.name in RGB_OF_BAND else mean for b in BANDS]
     return torch.stack(channels, dim=1) * (3 / len(BANDS))
+
+
+def with_silent_inputs(weight: Tensor, inputs: int) -> Tensor:
+    """Return a convolution's weight (N, C, h, w) with zeros for more inputs, up to `inputs`."""
+    return nn.functional.pad(weight, (0, 0, 0, 0, 0, max(0, inputs - weight.shape[1])))
