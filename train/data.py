@@ -60,8 +60,8 @@ class Crop(NamedTuple):
 def split_tiles(store: TileStore, scheme: str, fold: int) -> tuple[list[str], list[str]]:
     """Return the ids of the tiles to train on and of those to validate on, in the order of the store.
 
-    ALL_TILES holds out none. Raises DataError where the scheme has no such fold, or a side of the split has no
-    tile.
+    ALL_TILES holds out none. Raises DataError where the scheme has no such fold, or a side of the split has
+    no tile.
     """
     fold_of = store.fold_of(scheme)
     if fold == ALL_TILES:
