@@ -2,11 +2,12 @@
 
 DATA ?= ../shared/data/glacierhack/Train
 STORE ?= data/competition
-CONFIG ?= train/configs/imagenet.yaml
+MODEL ?= imagenet
+CONFIG ?= train/configs/$(MODEL).yaml
 SCHEME ?= stratified
 HKH ?= data/hkh
 PRETRAINED ?=
-NAME ?= $(if $(PRETRAINED),pretrained,imagenet)
+NAME ?= $(if $(PRETRAINED),pretrained,$(MODEL))
 RUN ?= runs/$(NAME)-$(SCHEME)
 CALIBRATION ?= runs/$(NAME)-calibration.json
 PASSES ?= runs/$(NAME)-passes.json
@@ -36,7 +37,7 @@ DEMO := data/demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo; echo "  settings: DATA=$(DATA) STORE=$(STORE) CONFIG=$(CONFIG)"
+	@echo; echo "  settings: DATA=$(DATA) STORE=$(STORE) MODEL=$(MODEL) CONFIG=$(CONFIG)"
 	@echo "            SCHEME=$(SCHEME) NAME=$(NAME) WEIGHTS=$(WEIGHTS) IN= OUT= MASKS= LABELS= SET='key=value ...' (of the training configuration)"
 
 setup: $(READY) ## make .venv from requirements.txt (once; 6 GB, some minutes)

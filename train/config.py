@@ -103,6 +103,7 @@ class LossConfig:
     # Gaussian error of border_sigma. Focal, Dice, MCC and boundary term; 0: labels are taken as they are.
     border_smoothing: float = 0.0
     border_sigma: float = 1.5  # pixels
+    auxiliary: float = 1.0  # weight of the loss on the auxiliary head of a network that has one (GlaViTU)
 
 
 @dataclass
@@ -265,6 +266,7 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
         *((f"loss.{term}", weight, 0 <= weight < math.inf, "0 or more") for term, weight in terms.items()),
         ("loss.focal", loss.focal, sum(terms.values()) > 0, f"more than 0, or one of {', '.join(terms)}"),
         ("loss.gamma", loss.gamma, loss.gamma >= 0, "0 or more"),
+        ("loss.auxiliary", loss.auxiliary, 0 <= loss.auxiliary < math.inf, "0 or more"),
         (
             "loss.class_weights",
             weights,

@@ -67,12 +67,21 @@ class SegmentationModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Return the loss of a batch of crops: images, label codes, classes they were drawn for."""
         image, codes, classes = batch[:3]
-        loss = self.batch_loss(self(image), batch)
+        loss = self.heads_loss(image, batch)
         self.train_losses.append(loss.detach())
         self.class_counts += np.bincount(classes.cpu().numpy(), minlength=len(CLASS_NAMES))
         self.code_counts += np.bincount(codes.cpu().numpy().ravel(), minlength=256)
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
+
+    def heads_loss(self, image: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return the loss of a network's logits, and with it the auxiliary head's where there is one."""
+        if not hasattr(self.network, "forward_with_auxiliary"):
+            return self.batch_loss(self(image), batch)
+        crops = image.contiguous(memory_format=torch.channels_last)  # their sides need no padding
+        logits, auxiliary = self.network.forward_with_auxiliary(crops)
+        weight = self.config.loss.auxiliary
+        return self.batch_loss(logits, batch) + weight * self.batch_loss(auxiliary, batch)
 
     def batch_loss(self, logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
         """Return the loss of the logits (B, 4, H, W) of a batch."""
