@@ -155,6 +155,24 @@ class DistilConfig:
 
 
 @dataclass
+class TrainerConfig:
+    """What a run trains on. Several devices share the crops of a step: `data.batch_size` is that of all."""
+
+    accelerator: str = "auto"  # "cpu", "gpu", or "auto": a GPU where there is one
+    devices: int = 1  # of each machine, one process each
+    num_nodes: int = 1  # machines, each of which is given the same command (by SLURM, torchrun, by hand)
+    # "32", "bf16" or "16", the latter two mixed with float32; "auto": mixed on a GPU, "32" on a CPU.
+    precision: str = "auto"
+    # Whether BatchNorm takes its statistics from the crops of all devices; without, from each one's own.
+    sync_batchnorm: bool = False
+
+    @property
+    def processes(self) -> int:
+        """Return how many processes share each step."""
+        return self.devices * self.num_nodes
+
+
+@dataclass
 class Config:
     """Everything that a training run depends on."""
 
@@ -164,13 +182,18 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
 
 
 # Settings that change how fast a run is but not what it is meant to compute: a resumed run may change them.
-RESOURCE_KEYS = ("data.store", "data.workers", "train.threads")
+# Not among them: the number of devices, which changes the crops that BatchNorm and Dice see together, and the
+# precision.
+RESOURCE_KEYS = ("data.store", "data.workers", "train.threads", "trainer.accelerator")
 
 SCALINGS = ("statistics", "percentile")
+ACCELERATORS = ("auto", "cpu", "gpu")
+PRECISIONS = ("auto", "32", "bf16", "16")
 SCHEDULES = ("plateau", "cosine", "restarts")
 LOSS_TERMS = ("focal", "dice", "mcc", "boundary", "tversky", "lovasz")  # settings that weigh a term
 
@@ -306,8 +329,25 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
         ("train.keep", train.keep, train.keep in ("best", "last"), "best or last"),
         ("train.seed", train.seed, 0 <= train.seed < 2**31, "0 to 2147483647"),
         ("train.threads", train.threads, train.threads >= 0, "0 or more"),
+        *_trainer_rules(config.trainer, data.batch_size),
         *_distil_rules(config.distil),
     ]
+
+
+def _trainer_rules(trainer: TrainerConfig, batch_size: int) -> list[tuple[str, Any, bool, str]]:
+    """List the same of what a run trains on."""
+    numbers = {"devices": trainer.devices, "num_nodes": trainer.num_nodes}
+    rules = [(f"trainer.{key}", number, number >= 1, "1 or more") for key, number in numbers.items()]
+    processes = max(1, trainer.processes)
+    smallest = 1 if trainer.sync_batchnorm else 2
+    shared = batch_size % processes == 0 and batch_size // processes >= smallest
+    names = {"accelerator": ACCELERATORS, "precision": PRECISIONS}
+    rules += [
+        (f"trainer.{key}", getattr(trainer, key), getattr(trainer, key) in allowed, " or ".join(allowed))
+        for key, allowed in names.items()
+    ]
+    of_each = f"a multiple of trainer.devices x trainer.num_nodes = {processes}, {smallest} or more for each"
+    return [*rules, ("data.batch_size", batch_size, processes == 1 or shared, of_each)]
 
 
 def _distil_rules(distil: DistilConfig) -> list[tuple[str, Any, bool, str]]:

@@ -15,6 +15,7 @@ from prep.stats import compute
 from prep.store import SPLIT_SCHEME, TileStore
 from solution import BANDS, CLASS_NAMES, normalize, valid_mask
 from train.config import AugmentConfig, Config, DataConfig
+from train.hardware import process_number
 
 PERCENTILES = (2, 98)
 MIX_TRIES = 8  # draws after which a crop is mixed with one of its own tile
@@ -423,11 +424,17 @@ class CropDataset(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yields the indices `epoch * length + i`; Lightning calls `set_epoch` at the start of every epoch."""
+    """Yields the indices `epoch * length + i`; Lightning calls `set_epoch` at the start of every epoch.
 
-    def __init__(self, length: int) -> None:
-        """Start with epoch 0 of `length` samples."""
+    Of several processes each gets an equal part of every batch, in the order of their numbers: together they
+    train on the crops that a single process would train on in the same step.
+    """
+
+    def __init__(self, length: int, batch_size: int = 1, processes: int = 1) -> None:
+        """Start with epoch 0 of `length` samples, in batches that `processes` share."""
         self.length = length
+        self.batch_size = batch_size
+        self.processes = processes
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -435,13 +442,18 @@ class EpochSampler(Sampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        """Yield this epoch's indices."""
+        """Yield this epoch's indices, those of this process."""
         first = self.epoch * self.length
-        return iter(range(first, first + self.length))
+        if self.processes == 1:
+            return iter(range(first, first + self.length))
+        part = self.batch_size // self.processes
+        start = first + process_number() * part
+        batches = range(start, start + self.length, self.batch_size)
+        return (index for batch in batches for index in range(batch, batch + part))
 
     def __len__(self) -> int:
-        """Return the number of samples in an epoch."""
-        return self.length
+        """Return the number of samples in an epoch, those of this process."""
+        return self.length // self.processes
 
 
 class TileDataset(Dataset):
@@ -501,8 +513,8 @@ def open_fold(config: Config, fold: int, normalization: Optional[dict] = None) -
     dataset = CropDataset(tiles, normalization, config.data, config.augment, config.train.seed)
     train_loader = DataLoader(
         dataset,
-        batch_size=config.data.batch_size,
-        sampler=EpochSampler(len(dataset)),
+        batch_size=config.data.batch_size // config.trainer.processes,
+        sampler=EpochSampler(len(dataset), config.data.batch_size, config.trainer.processes),
         num_workers=config.data.workers,
         persistent_workers=config.data.workers > 0,
     )

@@ -23,10 +23,18 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from torch import nn
 
 from prep.labels import CODE_NAMES
-from prep.store import TileStore, locked, name_some
-from solution import CLASS_NAMES, DerivedInputs, prepare_torch, usable_cores
+from prep.store import TileStore, name_some
+from solution import CLASS_NAMES, DerivedInputs, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
 from train.data import FoldData, open_fold
+from train.hardware import (
+    held,
+    is_first_process,
+    over_processes,
+    threads_of,
+    trainer_options,
+    wait_for_each_other,
+)
 from train.module import RampedAveraging, SegmentationModule
 from train.pretrained import load_imagenet
 from train.transfer import input_identity, read_pretrained
@@ -77,7 +85,8 @@ def fit_all(
         numbers = set(TileStore(config.data.store).fold_of(config.data.scheme).values())
         folds = sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
     records = [fit_fold(config, fold, run_dir, recipe=recipe) for fold in folds]
-    print(format_records(records), flush=True)
+    if is_first_process(config):
+        print(format_records(records), flush=True)
     return records
 
 
@@ -108,22 +117,26 @@ def fit_fold(
     require_same_config(config, folder)
     if (folder / FOLD_FILE).is_file():
         record = read_record(folder / FOLD_FILE)
-        print(f"fold {fold}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
+        if is_first_process(config):
+            print(f"fold {fold}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
         return record
-    prepare_torch(config.train.threads or usable_cores())
+    prepare_torch(threads_of(config))
     data = recipe.open_data(config, fold, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=False) as alone:
+    with held(folder, config) as alone:
         if not alone:
             raise RunError(f"{folder}: another process trains it. Wait for it, or name another --run.")
-        write_whole(folder / CONFIG_FILE, lambda path: save_config(config, path))
-        print(describe_fold(fold, data), flush=True)
+        if is_first_process(config):
+            write_whole(folder / CONFIG_FILE, lambda path: save_config(config, path))
+            print(describe_fold(fold, data), flush=True)
         recorder = Recorder(folder, fold, config, data)
         with quiet_lightning():
             _run_lightning(partial(recipe.make_module, config), data, recorder, callbacks)
-        record = recorder.record()
-        write_whole(folder / FOLD_FILE, lambda path: torch.save(record, path))
-        (folder / RESUME_FILE).unlink(missing_ok=True)  # several times the size of fold.pt, of no more use
+        if is_first_process(config):
+            record = recorder.record()
+            write_whole(folder / FOLD_FILE, lambda path: torch.save(record, path))
+            # several times the size of fold.pt, of no more use
+            (folder / RESUME_FILE).unlink(missing_ok=True)
+        wait_for_each_other(config)
     return read_record(folder / FOLD_FILE)
 
 
@@ -147,11 +160,9 @@ def _run_lightning(
         module.network.load_state_dict(first_weights(config, recorder.fold, data))
     # in this order: the average is validated, judged and then recorded
     callbacks = [RampedAveraging(config.optim.ema_decay), *_early_stopping(config), recorder, *more]
-    on_terminal = sys.stdout.isatty()
+    on_terminal = sys.stdout.isatty() and is_first_process(config)
     trainer = pl.Trainer(
-        accelerator="auto",
-        devices=1,
-        precision=_precision(),
+        **trainer_options(config),
         max_epochs=config.train.epochs,
         gradient_clip_val=config.optim.grad_clip or None,
         callbacks=[*callbacks, *([TQDMProgressBar()] if on_terminal else [])],
@@ -236,13 +247,6 @@ def _early_stopping(config: Config) -> list[Callback]:
     return [EarlyStopping("val_mcc", **options)] if patience else []
 
 
-def _precision() -> str:
-    """Mixed precision on a GPU only: bfloat16 is many times slower than float32 on most CPUs."""
-    if not torch.cuda.is_available():
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-
-
 @contextmanager
 def keyboard_interrupts() -> Iterator[None]:
     """Let Ctrl-C be a KeyboardInterrupt again: Lightning ends the process and leaves the signal ignored."""
@@ -263,8 +267,8 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for pattern in (".*does not have many workers.*", ".*LeafSpec.*", ".*Checkpoint directory.*"):
-                warnings.filterwarnings("ignore", pattern)
+            for topic in ("does not have many workers", "LeafSpec", "Checkpoint directory", "sync_dist"):
+                warnings.filterwarnings("ignore", f".*{topic}.*")
             yield
     finally:
         for logger, level in zip(loggers, levels):
@@ -311,7 +315,7 @@ class Recorder(Callback):
         """Stop at once where the run that is resumed had already met its early stop."""
         for callback in trainer.early_stopping_callbacks:
             trainer.should_stop |= callback.wait_count >= callback.patience
-        if self.history:
+        if self.history and trainer.is_global_zero:
             print(f"fold {self.fold}: continues after epoch {len(self.history)}", flush=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -329,6 +333,9 @@ class Recorder(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
         """Add a row to the history and write it, the checkpoint to resume from, and a line of progress."""
         self.history.append(self._row(trainer, pl_module))
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.folder / RESUME_FILE)  # takes part, and writes nothing
+            return
         write_whole(self.folder / HISTORY_FILE, lambda path: _write_history(self.history, path))
         write_whole(self.folder / RESUME_FILE, lambda path: trainer.save_checkpoint(path))
         bar = trainer.progress_bar_callback
@@ -337,11 +344,15 @@ class Recorder(Callback):
 
     def _row(self, trainer: pl.Trainer, module: SegmentationModule) -> dict:
         metrics = trainer.callback_metrics
-        drawn = module.class_counts / module.class_counts.sum()
-        pixels = module.code_counts / module.code_counts.sum()
+        class_counts, code_counts, loss = (
+            over_processes(self.config, np.asarray(values), module.device)
+            for values in (module.class_counts, module.code_counts, module.train_loss())
+        )
+        drawn = class_counts / class_counts.sum()
+        pixels = code_counts / code_counts.sum()
         return {
             "epoch": trainer.current_epoch + 1,
-            "train_loss": module.train_loss(),
+            "train_loss": float(loss) / self.config.trainer.processes,
             **{name: float(metrics[name]) for name in ("val_loss", "val_mcc", "val_mcc4")},
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": time.monotonic() - self._started,

@@ -17,6 +17,7 @@ from prep.labels import CODE_CLASSES, IGNORE
 from solution import CLASS_NAMES, GLACIER_GROUP, build_network, pad_to_multiple
 from train import networks  # noqa: F401  adds its networks to those that build_network knows
 from train.config import Config, ConfigError
+from train.hardware import process_number
 from train.losses import SetLoss
 from train.pretrained import find_encoder
 
@@ -60,8 +61,14 @@ class SegmentationModule(pl.LightningModule):
         self._reset_epoch_counts()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed by the step, so that dropout in a resumed run is what it would have been without the break."""
-        sequence = np.random.SeedSequence([self.config.train.seed, self.global_step])
+        """Seed by the step, so that dropout in a resumed run is what it would have been without the break.
+
+        Processes that share a step drop different maps.
+        """
+        process = process_number()
+        sequence = np.random.SeedSequence(
+            [self.config.train.seed, self.global_step, *([process] * (process > 0))]
+        )
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
