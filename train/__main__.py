@@ -16,12 +16,20 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
-def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `fit`."""
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that trains folds."""
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see train/configs/")
     parser.add_argument("--run", type=Path, required=True, help="folder for the results, e.g. runs/unet")
     parser.add_argument("--folds", type=fold_numbers, help="fold numbers, e.g. 0,1,2; default: all folds")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. optim.lr=3e-4")
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fit`."""
+    add_training_arguments(parser)
+    parser.add_argument(
+        "--jobs", type=int, help="folds at once, each a process on one thread, or on a GPU of its own"
+    )
 
 
 def run_fit(arguments: argparse.Namespace) -> int:
@@ -31,8 +39,44 @@ def run_fit(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
 
     from train.fit import fit_all
+    from train.side_by_side import fit_side_by_side
 
-    fit_all(config, arguments.run, arguments.folds)
+    if arguments.jobs is None:
+        fit_all(config, arguments.run, arguments.folds)
+    else:
+        fit_side_by_side(config, arguments.run, arguments.folds, arguments.jobs)
+    return 0
+
+
+def add_distil_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `distil`."""
+    add_training_arguments(parser)
+    parser.add_argument(
+        "--teacher",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="folder of a finished run; more than one may be given; default: distil.teachers of the config",
+    )
+    parser.add_argument(
+        "--all-tiles",
+        action="store_true",
+        help="one student of all tiles and all networks, for submission: it has no out-of-fold score",
+    )
+
+
+def run_distil(arguments: argparse.Namespace) -> int:
+    """Train students on the averaged answers of finished networks, besides the labels; each fold learns from
+    networks that never saw its held-out tiles. An interrupted run is continued by the same command."""
+    from train.config import load_config
+
+    teachers = [f"distil.teachers=[{','.join(arguments.teacher)}]"] if arguments.teacher else []
+    config = load_config(arguments.config, [*arguments.overrides, *teachers])
+
+    from train.data import ALL_TILES
+    from train.distil import fit_students
+
+    fit_students(config, arguments.run, [ALL_TILES] if arguments.all_tiles else arguments.folds)
     return 0
 
 
@@ -400,6 +444,7 @@ def run_benefit(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "fit": Command("train the folds of a tile store", add_fit_arguments, run_fit),
+    "distil": Command("train students of finished runs", add_distil_arguments, run_distil),
     "evaluate": Command(
         "score the held-out tiles of a run, or any folder of masks", add_evaluate_arguments, run_evaluate
     ),
