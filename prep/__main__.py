@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import Sequence
@@ -19,6 +20,9 @@ EXPECTED_ERRORS = (InputError, PrepError, StoreError, FoldError, StatsError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 after an error message where the input does not allow it."""
     options = build_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files, which may be any bytes, are printed
+            stream.reconfigure(errors="backslashreplace")
     try:
         options.command(options)
     except EXPECTED_ERRORS as error:

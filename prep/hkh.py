@@ -224,18 +224,23 @@ def plan(source: Source, settings: Settings) -> list[Job]:
     return sorted(planned, key=lambda job: job.name)
 
 
+def real(path: Path) -> Path:
+    """Return the absolute path without links; a loop of them is left as it is, where `resolve` gives up."""
+    return Path(os.path.realpath(path))
+
+
 def _scene_makers(source: Source) -> list:
     """Return for each scene a function of (grid, suns) that plans it."""
     if not source.truth().is_dir():
         check_polygons(source.truth(), source.column, source.words)
-    labels = LabelSource(source.truth().resolve(), source.column, dict(source.words))
-    paths = [path.resolve() for path in find_scenes(source.images())]
+    labels = LabelSource(real(source.truth()), source.column, dict(source.words))
+    paths = [real(path) for path in find_scenes(source.images())]
     return [lambda grid, suns, path=path: plan_scene(path, labels, grid, suns) for path in paths]
 
 
 def _patch_makers(source: Source) -> list:
     order = parse_order(source.mask_order or "")
-    scenes = find_patches(source.images().resolve())
+    scenes = find_patches(real(source.images()))
     return [
         lambda grid, suns, name=name, pairs=pairs: plan_patches(name, pairs, order, grid, suns)
         for name, pairs in scenes.items()
@@ -253,8 +258,8 @@ def describe_source(source: Source, settings: Settings, jobs: Sequence[Job]) -> 
     versions = {module.__name__: module.__version__ for module in (np, rasterio, shapely)}
     return {
         "command": "hkh",
-        "source": source.images().resolve().name,
-        "labels": {"file": source.truth().resolve().name, **labels},
+        "source": real(source.images()).name,
+        "labels": {"file": real(source.truth()).name, **labels},
         "size": settings.grid.size,
         "overlap": settings.grid.overlap,
         "filter": settings.keep._asdict(),
@@ -271,7 +276,7 @@ def describe_source(source: Source, settings: Settings, jobs: Sequence[Job]) -> 
 
 def partial_folder(out: Path) -> Path:
     """Return where the results of single scenes are kept until the store is complete."""
-    out = out.resolve()
+    out = real(out)
     return out.with_name(f".{out.name}-partial")
 
 
@@ -285,7 +290,7 @@ def fingerprint(job: Job, settings: Settings) -> str:
     ]
     labels = [] if isinstance(job, PatchJob) else [job.labels.column, sorted(job.labels.words.items())]
     parts = (PARTIAL_FORMAT, settings.keep, files, plain, labels)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashlib.sha256(repr(parts).encode(errors=store.FILE_NAME_ERRORS)).hexdigest()
 
 
 def is_finished(folder: Path, mark: str) -> bool:
@@ -598,7 +603,7 @@ def write_dropped(path: Path, dropped: Sequence[dict]) -> None:
     """Write one row a dropped tile: id, scene, reason, pixels by code (nodata counted before it is ignored
     where the labels alone ruled the tile out).
     """
-    with open(path, "w", newline="", encoding="utf-8") as stream:
+    with open(path, "w", newline="", encoding="utf-8", errors=store.FILE_NAME_ERRORS) as stream:
         columns = ("tile_id", "scene", "reason", *CODE_NAMES.values())
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()

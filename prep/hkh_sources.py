@@ -23,9 +23,11 @@ from prep.landsat7 import (
     choose_channels,
     find_sun,
     physical_table,
+    require_files,
+    require_numbers,
     to_physical,
 )
-from prep.polygons import BURN_ORDER, Polygons, burn, read_polygons
+from prep.polygons import BURN_ORDER, FARTHEST, Polygons, burn, read_polygons
 from solution import CLASS_NAMES, TIFF_SUFFIXES
 
 # Bytes that GDAL may keep: 512 rows of a scene with 15 channels, whose strips span its width. GDAL rasterises
@@ -121,10 +123,25 @@ def find_scenes(folder: Path) -> list[Path]:
     paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TIFF_SUFFIXES]
     if not paths:
         raise SceneError(f"{folder}: found no TIFF, expected a GeoTIFF a scene (docs/hkh.md)")
+    require_names(paths)
+    require_files(paths)
     twice = {path.stem for path in paths if sum(other.stem == path.stem for other in paths) > 1}
     if twice:
         raise SceneError(f"{folder}: two files each for {', '.join(sorted(twice))}; remove one of the two")
     return paths
+
+
+def require_names(paths: Sequence[Path]) -> None:
+    """Raise SceneError for a name with a line break, since tile ids are made of it and listed one a line, or
+    with bytes that are no UTF-8, which GDAL cannot open.
+    """
+    for path in paths:
+        letters = str(path)
+        foreign = any("\ud800" <= letter <= "\udfff" for letter in letters)  # how Python decodes such bytes
+        if foreign or len(path.name.splitlines()) > 1:
+            raise SceneError(
+                f"{path}: has a line break or what is no UTF-8 in its name; rename the file or its folder"
+            )
 
 
 def plan_scene(path: Path, labels: LabelSource, grid: Grid, suns: Mapping[str, Sun]) -> SceneJob:
@@ -137,13 +154,30 @@ def plan_scene(path: Path, labels: LabelSource, grid: Grid, suns: Mapping[str, S
     try:
         with rasterio.open(path) as scene:
             channels = choose_channels(scene.descriptions, str(path))
-            if scene.crs is None:
-                raise SceneError(f"{path}: has no coordinate system; export it again as a GeoTIFF")
+            check_place(scene, path)
             sun = find_sun(path, scene.tags(), suns)
     except RasterioError as error:
         raise unreadable(path, error) from error
     masks = find_masks(labels.path, path, labels.words) if labels.path.is_dir() else ()
     return SceneJob(path.stem, path, channels, sun, labels, masks, grid)
+
+
+def check_place(scene: rasterio.DatasetReader, path: Path) -> None:
+    """Raise SceneError where a scene does not say where on Earth its pixels are."""
+    if scene.crs is None:
+        raise SceneError(f"{path}: has no coordinate system; export it again as a GeoTIFF")
+    numbers = np.array([*scene.transform[:6], *scene.bounds])
+    if not (np.abs(numbers) < FARTHEST).all() or abs(scene.transform.determinant) < 1 / FARTHEST:
+        raise SceneError(
+            f"{path}: its pixels are nowhere on Earth (transform {tuple(scene.transform[:6])}); export it "
+            "again as a GeoTIFF"
+        )
+    corners = np.array(footprint(scene, Window(0, 0, scene.width, scene.height)))
+    if not np.isfinite(corners).all():
+        raise SceneError(
+            f"{path}: its corners have no longitude and latitude in {scene.crs}; export it again in the UTM "
+            "zone that it lies in"
+        )
 
 
 def unreadable(path: Path, error: Exception) -> SceneError:
@@ -256,32 +290,40 @@ def find_masks(folder: Path, scene: Path, words: Mapping[str, str]) -> tuple[tup
                 f"{folder}: found {listed} as mask of {name} for {scene.name}, expected one file such as "
                 f"{scene.stem}_{word}.tif"
             )
+        require_files(paths)
         found += [(CLASS_NAMES.index(name), path) for path in paths]
     return tuple(sorted(found, key=lambda pair: BURN_ORDER.index(pair[0])))
 
 
 def check_mask(path: Path, scene: rasterio.DatasetReader) -> None:
     """Raise SceneError where a mask file has not the scene's size, coordinate system and place."""
-    with rasterio.open(path) as mask:
-        same = mask.shape == scene.shape and mask.crs == scene.crs
-        if not same or not mask.transform.almost_equals(scene.transform, 1e-6):
-            raise SceneError(
-                f"{path}: {mask.width} x {mask.height} px in {mask.crs} at {mask.bounds[:2]}, expected "
-                f"{scene.width} x {scene.height} px in {scene.crs} at {scene.bounds[:2]} as {scene.name}; "
-                "export the mask on the scene's grid"
-            )
+    try:
+        with rasterio.open(path) as mask:
+            same = mask.shape == scene.shape and mask.crs == scene.crs
+            if not same or not mask.transform.almost_equals(scene.transform, 1e-6):
+                raise SceneError(
+                    f"{path}: {mask.width} x {mask.height} px in {mask.crs} at {mask.bounds[:2]}, expected "
+                    f"{scene.width} x {scene.height} px in {scene.crs} at {scene.bounds[:2]} as "
+                    f"{scene.name}; export the mask on the scene's grid"
+                )
+    except RasterioError as error:
+        raise unreadable(path, error) from error
 
 
 def read_masks(masks: Sequence[tuple[int, Path]], window: Window) -> np.ndarray:
-    """Return the label codes of a window, (S, S) uint8, from mask files that are not 0 where the class is."""
+    """Return the label codes of a window, (S, S) uint8, from mask files that are not 0 where the class is.
+
+    What a mask declares as nodata, and NaN, is no class either.
+    """
     codes = np.full((window.height, window.width), OTHER_OR_LAKE, np.uint8)
     for code, path in masks:
         try:
             with rasterio.open(path) as mask:
-                marked = mask.read(1, window=window, boundless=True, fill_value=0)
+                values = mask.read(1, window=window, boundless=True, fill_value=0)
+                marked = (values != 0) & (values != mask.nodata) & (values == values)  # NaN is not itself
         except RasterioError as error:
             raise unreadable(path, error) from error
-        codes[marked != 0] = code
+        codes[marked] = code
     return codes
 
 
@@ -299,6 +341,8 @@ def find_patches(folder: Path) -> dict[str, list[tuple[Path, Path]]]:
         raise SceneError(
             f"{folder}: found no patch, expected slice_<scene>_img_<n>.npy beside slice_<scene>_mask_<n>.npy"
         )
+    require_names(images)
+    require_files(images)
     pairs = [(path, path.with_name(path.name.replace("img", "mask"))) for path in images]
     lonely = [image.name for image, mask in pairs if not mask.is_file()]
     if lonely:
@@ -339,11 +383,13 @@ def plan_patches(
 
 
 def load_patch(path: Path) -> np.ndarray:
-    """Return a .npy file, memory-mapped. Raises SceneError where it cannot be read."""
+    """Return a .npy file, memory-mapped. Raises SceneError where it cannot be read or holds no numbers."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header may raise almost anything from within its parser
         raise unreadable(path, error) from error
+    require_numbers(values, path)
+    return values
 
 
 def patch_tiles(job: PatchJob) -> Iterator[RawTile]:

@@ -10,7 +10,7 @@ import csv
 import math
 import re
 from pathlib import Path
-from typing import Mapping, NamedTuple, Sequence
+from typing import Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -44,6 +44,15 @@ SUN_COLUMNS = ("scene", "sun_elevation")
 
 class SceneError(Exception):
     """A scene or its labels cannot be used; the message names file, finding, expectation and remedy."""
+
+
+def require_files(paths: Iterable[Path]) -> None:
+    """Raise SceneError for the first path that is no file, such as a pipe, which would be read for ever."""
+    for path in paths:
+        if not path.is_file():
+            raise SceneError(
+                f"{path}: is no file that can be reached; copy or download it again, or remove it"
+            )
 
 
 class Calibration(NamedTuple):
@@ -180,6 +189,7 @@ def as_numbers(values: np.ndarray, where: str) -> np.ndarray:
         return values
     if values.dtype.kind == "f":
         values = np.nan_to_num(values, nan=0.0)
+    require_numbers(values, where)
     foreign = (values < 0) | (values > LARGEST_NUMBER) | (values != np.rint(values))
     if foreign.any():
         found = np.unique(values[foreign])[:3]
@@ -189,6 +199,12 @@ def as_numbers(values: np.ndarray, where: str) -> np.ndarray:
             "export the digital numbers"
         )
     return values.astype(np.uint8)
+
+
+def require_numbers(values: np.ndarray, where: str | Path) -> None:
+    """Raise SceneError for text, dates, records or complex numbers."""
+    if values.dtype.kind not in "buif":
+        raise SceneError(f"{where}: found values of type {values.dtype}, expected numbers; export them again")
 
 
 def to_physical(numbers: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -214,20 +230,23 @@ def read_sun_table(path: Path | None) -> dict[str, Sun]:
         return {}
     if not path.is_file():
         raise SceneError(f"{path}: no such file; expected a CSV with the columns {', '.join(SUN_COLUMNS)}")
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        columns = reader.fieldnames or []
-        missing = [name for name in SUN_COLUMNS if name not in columns]
-        if missing:
-            raise SceneError(
-                f"{path}: found the columns {', '.join(columns) or 'none'}, expected "
-                f"{', '.join(SUN_COLUMNS)}; add {', '.join(missing)}"
-            )
-        return {Path(row["scene"]).stem: _to_sun(row, f"{path}, scene {row['scene']}") for row in reader}
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            reader = csv.DictReader(stream)
+            columns, rows = reader.fieldnames or [], list(reader)
+    except csv.Error as error:
+        raise SceneError(f"{path}: cannot be read as a CSV ({error}); export the table again") from error
+    missing = [name for name in SUN_COLUMNS if name not in columns]
+    if missing:
+        raise SceneError(
+            f"{path}: found the columns {', '.join(columns)[:200] or 'none'}, expected "
+            f"{', '.join(SUN_COLUMNS)}; add {', '.join(missing)}"
+        )
+    return {Path(row["scene"] or "").stem: _to_sun(row, f"{path}, scene {row['scene']}") for row in rows}
 
 
-def _to_sun(row: Mapping[str, str], where: str) -> Sun:
-    return make_sun(row["sun_elevation"], row.get("earth_sun_distance") or DEFAULT_DISTANCE, where)
+def _to_sun(row: Mapping[str, str | None], where: str) -> Sun:
+    return make_sun(row["sun_elevation"] or "", row.get("earth_sun_distance") or DEFAULT_DISTANCE, where)
 
 
 def make_sun(elevation: float | str, distance: float | str, where: str) -> Sun:

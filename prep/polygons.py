@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
@@ -17,13 +18,14 @@ from rasterio.crs import CRS
 from shapely.geometry.base import BaseGeometry
 
 from prep.labels import GLACIER_OR_DEBRIS, OTHER_OR_LAKE
-from prep.landsat7 import SceneError
+from prep.landsat7 import SceneError, require_files
 from solution import CLASS_NAMES, warn
 
 DEFAULT_COLUMN = "Glaciers"
 DEFAULT_WORDS = {"glacier": "clean", "debris": "debris", "lake": "lake"}
 # Where polygons overlap, the later of these wins: debris lies on ice, lakes on both.
 BURN_ORDER = (GLACIER_OR_DEBRIS, *(CLASS_NAMES.index(name) for name in ("glacier", "debris", "lake")))
+FARTHEST = 1e9  # m or degrees, in any coordinate system
 AREAS = ("Polygon", "MultiPolygon")
 
 
@@ -53,8 +55,10 @@ def check_polygons(path: Path, column: str, words: Mapping[str, str]) -> dict[st
     Raises:
         SceneError: unreadable, no such column, no CRS, or no polygon of any class.
     """
+    require_files([path, *path.parent.glob(f"{glob.escape(path.stem)}.*")])  # a shapefile has several
     try:
         info = pyogrio.read_info(path)
+        table = pyogrio.read_dataframe(path, read_geometry=False)
     except Exception as error:  # GDAL's many kinds for files that are missing or damaged
         raise SceneError(f"{path}: cannot be read as polygons ({error}); copy or export it again") from error
     fields = [str(name) for name in info["fields"]]
@@ -67,7 +71,6 @@ def check_polygons(path: Path, column: str, words: Mapping[str, str]) -> dict[st
         raise SceneError(
             f"{path}: has no coordinate system; add its .prj file (the real one is in EPSG:4326)"
         )
-    table = pyogrio.read_dataframe(path, columns=[column], read_geometry=False)
     values = Counter(str(value) for value in table[column])
     unknown = {value: count for value, count in values.items() if code_of(value, words) is None}
     listed = ", ".join(f"{value!r} ({count})" for value, count in sorted(unknown.items())[:10])
@@ -107,9 +110,18 @@ def read_polygons(
     if len(areas) < len(table):
         warn(f"{path}: {len(table) - len(areas)} shapes near the scene are no polygons and are left out")
     areas = areas.to_crs(crs.to_wkt())
+    placed = np.array([on_earth(shape) for shape in areas.geometry], bool)
+    if not placed.all():
+        warn(f"{path}: {(~placed).sum()} polygons have points that are nowhere on Earth and are left out")
+    areas = areas[placed]
     meaning = {value: code_of(value, words) for value in areas[column].unique()}
     coded = [(shape, meaning[value]) for shape, value in zip(areas.geometry, areas[column])]
     return make_polygons([(shape, code) for shape, code in coded if code is not None])
+
+
+def on_earth(shape: BaseGeometry) -> bool:
+    """Return whether all coordinates are finite, and small enough to be metres or degrees on Earth."""
+    return bool((np.abs(shapely.get_coordinates(shape)) < FARTHEST).all())  # NaN is not less
 
 
 def make_polygons(coded: Sequence[tuple[BaseGeometry, int]]) -> Polygons:

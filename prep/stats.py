@@ -67,7 +67,7 @@ class BandAccumulator:
         """
         empty = [f"{band.folder} ({band.name})" for band, count in zip(BANDS, self._count) if count == 0]
         if empty:
-            raise StatsError(f"no valid pixel in {', '.join(empty)}: check the files of these band folders")
+            raise StatsError(f"no valid pixel in {', '.join(empty)}: check the files that hold these bands")
         std = np.sqrt(self._squares / self._count)
         return {"mean": self._mean.tolist(), "std": std.tolist(), "count": self._count.tolist()}
 

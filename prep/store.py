@@ -106,7 +106,7 @@ class TileStore:
     def _read_folds(self) -> dict:
         if not (self.folder / SPLIT_FILES[0]).exists():
             return _read_json(self.folder / FOLDS_FILE)
-        sides = [(self.folder / name).read_text(encoding="utf-8").split() for name in SPLIT_FILES]
+        sides = [read_ids(self.folder / name) for name in SPLIT_FILES]
         ids = [tile_id for side in sides for tile_id in side]
         if sorted(ids) != sorted(self.tile_ids):
             raise StoreError(
@@ -155,7 +155,7 @@ class StoreWriter:
         files = {STATS_FILE: stats, STORE_FILE: about}
         if isinstance(folds, Split):
             for name, ids in zip(SPLIT_FILES, folds):
-                (self.folder / name).write_text("".join(f"{tile_id}\n" for tile_id in ids), encoding="utf-8")
+                write_ids(self.folder / name, ids)
         else:
             files[FOLDS_FILE] = folds
         for name, content in files.items():
@@ -256,6 +256,17 @@ def _replace(target: Path, building: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
+
+
+def write_ids(path: Path, ids: Sequence[str]) -> None:
+    """Write tile ids, one a line."""
+    text = "".join(f"{tile_id}\n" for tile_id in ids)
+    path.write_text(text, encoding="utf-8", errors=FILE_NAME_ERRORS, newline="\n")
+
+
+def read_ids(path: Path) -> list[str]:
+    """Return the tile ids that a file lists, one a line; they may hold spaces."""
+    return path.read_text(encoding="utf-8", errors=FILE_NAME_ERRORS).split("\n")[:-1]
 
 
 def name_some(names: Sequence[str], most: int = 10) -> str:

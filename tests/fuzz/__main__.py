@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Callable
 
 import cv2
+import numpy as np
 from support import PROJECT, write_model
 
-from fuzz import determinism, kills, load, runs
+from fuzz import determinism, hkh, kills, load, runs
 
 
 def fuzz_inputs(options: argparse.Namespace, work: Path) -> list[str]:
@@ -35,12 +36,24 @@ def fuzz_inputs(options: argparse.Namespace, work: Path) -> list[str]:
     return found.faults + prepared.faults
 
 
+def fuzz_scenes(options: argparse.Namespace, work: Path) -> list[str]:
+    """Run small HKH data sets through prep, most of them with a hostile file."""
+    found = hkh.fuzz_hkh(options.seed, options.inputs // 4, work, options.keep)
+    print(
+        f"prep hkh: {len(found.inputs)} distinct files in {found.cases} runs, {found.masks} stores, "
+        f"{found.refused} refused, faults: {len(found.faults)}",
+        flush=True,
+    )
+    return found.faults
+
+
 def tell(what: str, killed: kills.Killed) -> list[str]:
     """Print a line on a campaign of kills; return its faults."""
     left = ", ".join(f"{state}: {count}" for state, count in sorted(killed.states.items()) if count)
+    parts = "/".join(str(killed.parts[part]) for part in range(5))
     print(
-        f"{what}: {killed.kills} kills, {killed.ended} runs that ended, faults: {len(killed.faults)}; "
-        f"after a kill: {left}",
+        f"{what}: {killed.kills} kills, {parts} in the fifths of a run of {np.median(killed.seconds):.2f} s, "
+        f"{killed.ended} runs that ended, faults: {len(killed.faults)}; after a kill: {left}",
         flush=True,
     )
     return killed.faults
@@ -50,7 +63,8 @@ def kill_runs(options: argparse.Namespace, work: Path) -> list[str]:
     """Kill solution.py and prep."""
     weights = write_model(work / "model.pth")
     faults = tell("solution.py", kills.kill_solution(options.seed, options.kills, weights, work))
-    return faults + tell("prep competition", kills.kill_prep(options.seed, options.kills, work))
+    faults += tell("prep competition", kills.kill_prep(options.seed, options.kills, work))
+    return faults + tell("prep hkh", kills.kill_hkh(options.seed, options.kills, work))
 
 
 def kill_trainings(options: argparse.Namespace, work: Path) -> list[str]:
@@ -90,6 +104,7 @@ CAMPAIGNS: dict[str, Callable[[argparse.Namespace, Path], list[str]]] = {
     "twice": run_twice,
     "load": run_many,
     "inputs": fuzz_inputs,
+    "hkh": fuzz_scenes,
     "determinism": compare_masks,
 }
 

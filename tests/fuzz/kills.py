@@ -1,7 +1,8 @@
 """Ends runs by SIGKILL at random moments, and looks at what they leave and what the next run makes of it.
 
 The runs are children of a process that has imported all they need, so that a kill meets their work and not
-the imports. What each leaves has to be whole; the next run has to end with what an undisturbed one does.
+the imports. The moments are spread evenly over the time that a run takes, which is measured all along. What
+each leaves has to be whole; the next run has to end with what an undisturbed one does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import numpy as np
 import torch
@@ -24,21 +25,52 @@ from train_helpers import make_store
 import solution
 from fuzz import rasters, runs
 from prep.__main__ import main as prep_main
+from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 from prep.store import TileStore
 from train.config import load_config
 from train.fit import FOLD_FILE, RESUME_FILE, fit_fold
 
 Work = Callable[[], object]
 PATIENCE = 300.0  # seconds
+WARM_UPS = 3  # undisturbed runs, to learn how long one takes
 
 
-class Killed(NamedTuple):
-    """Kills that met a run at work, runs that ended before theirs, what was left behind, and the faults."""
+class Killed:
+    """A campaign: kills that met a run at work, runs that ended before theirs, what was left, and the faults.
 
-    kills: int
-    ended: int
-    states: Counter
-    faults: list[str]
+    `parts` counts the kills in each fifth of the time that a run takes.
+    """
+
+    def __init__(self, kills: int, rng: np.random.Generator) -> None:
+        """Plan so many kills, one in each of as many equal parts of a run, in random order."""
+        self.shares = list((rng.permutation(kills) + rng.random(kills)) / kills)
+        self.kills = self.ended = 0
+        self.states: Counter = Counter()
+        self.parts: Counter = Counter()
+        self.faults: list[str] = []
+        self.seconds: list[float] = []  # that undisturbed runs took
+
+    def finish(self, work: Work, said: Path) -> None:
+        """Run `work` undisturbed, note what goes wrong and how long it takes."""
+        started = time.perf_counter()
+        self.faults += finish(work, said)
+        self.seconds.append(time.perf_counter() - started)
+
+    def kill(self, work: Work, said: Path, share: float, seconds: float | None = None) -> bool:
+        """Start `work` and kill it after this share of its time; return whether it was at work."""
+        whole = float(np.median(self.seconds[-5:])) if seconds is None else seconds
+        caught = kill_after(start(work, said), share * whole)
+        self.kills, self.ended = self.kills + caught, self.ended + (not caught)
+        self.parts[int(5 * share)] += caught
+        return caught
+
+    def kill_surely(self, work: Work, said: Path, share: float, clear: Callable[[], object]) -> bool:
+        """Kill like `kill`, from the start after `clear`; earlier where a run was faster than that."""
+        for attempt in range(6):
+            clear()
+            if self.kill(work, said, share * (1 - attempt / 25)):
+                return True
+        return False
 
 
 def start(work: Work, said: Path) -> int:
@@ -81,11 +113,11 @@ def kill_after(child: int, seconds: float) -> bool:
     return wait(child) == -signal.SIGKILL
 
 
-def finish(work: Work, said: Path, allowed: tuple[int, ...] = (0,)) -> list[str]:
+def finish(work: Work, said: Path) -> list[str]:
     """Run `work` undisturbed; return what went wrong."""
     status = wait(start(work, said))
     words = said.read_text(errors="replace")
-    return [] if status in allowed and "Traceback" not in words else [f"ended with {status}: {words[-800:]}"]
+    return [] if status == 0 and "Traceback" not in words else [f"ended with {status}: {words[-800:]}"]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -111,34 +143,33 @@ def grow_old(paths: list[Path]) -> None:
 # --- solution.py ----------------------------------------------------------------------------------
 
 
-def kill_solution(seed: int, kills: int, weights: Path, work: Path) -> Killed:
-    """Kill the command line at random moments; each next run has to end with the same masks."""
-    rng = np.random.default_rng([seed, 2])
+def kill_solution(seed: int, kills: int, weights: Path, work: Path, tiles: int = 40) -> Killed:
+    """Kill the command line all over its run; each next run has to end with the same masks."""
+    killed = Killed(kills, np.random.default_rng([seed, 2]))
     data, out, said = work / "kill-in", work / "kill-out", work / "kill-said"
-    runs.healthy_tiles(data, 12, 48)
+    runs.healthy_tiles(data, tiles, 64)
 
     def run() -> int:
         return solution.main([str(data), str(out), "--weights", str(weights)])
 
-    started = time.perf_counter()
-    faults = finish(run, said)
-    seconds, expected = time.perf_counter() - started, digests(out)
-    killed, ended, states = 0, 0, Counter()
-    while killed < kills and len(faults) < 10 and ended < 3 * kills:
-        shutil.rmtree(out)
-        caught = kill_after(start(run, said), float(rng.uniform(0, seconds)))
-        killed, ended = killed + caught, ended + (not caught)
+    for _ in range(WARM_UPS):
+        shutil.rmtree(out, ignore_errors=True)
+        killed.finish(run, said)
+    expected = digests(out)
+    for share in killed.shares:
+        caught = killed.kill_surely(run, said, share, lambda: shutil.rmtree(out))
         left = digests(out)
-        states["no mask" if not left else "all masks" if left == expected else "some masks"] += caught
+        some = f"{1 + 3 * len(left) // (tiles + 1)} of 3 thirds of the masks"
+        killed.states["no mask" if not left else "all masks" if left == expected else some] += caught
         broken = [name for name, digest in left.items() if expected.get(name) != digest]
         parts = hidden(out)
-        states["unfinished file left"] += bool(parts)
+        killed.states["unfinished file left"] += bool(parts)
         grow_old(parts)
-        faults += [f"kill {killed}: {name} is no whole mask" for name in broken]
-        faults += finish(run, said)
+        killed.faults += [f"kill at {share:.2f}: {name} is no whole mask" for name in broken]
+        killed.faults += finish(run, said)
         if digests(out) != expected or hidden(out):
-            faults.append(f"kill {killed}: the next run ended with {sorted(digests(out))}, {hidden(out)}")
-    return Killed(killed, ended, states, faults)
+            killed.faults.append(f"kill at {share:.2f}: then {sorted(digests(out))}, {hidden(out)}")
+    return killed
 
 
 def two_solutions(times: int, weights: Path, work: Path) -> list[str]:
@@ -174,37 +205,58 @@ def lay_out_training(data: Path, tiles: int, side: int) -> None:
 
 
 def kill_prep(seed: int, kills: int, work: Path) -> Killed:
-    """Kill `prep competition` at random moments, half of the times while it replaces an older store."""
-    rng = np.random.default_rng([seed, 3])
-    data, out, said = work / "kill-train", work / "kill-stores" / "store", work / "kill-said"
-    lay_out_training(data, 12, 64)
+    """Kill `prep competition` all over its run, half of the times while it replaces an older store."""
+    data = work / "kill-train"
+    lay_out_training(data, 24, 64)
+    return kill_stores(np.random.default_rng([seed, 3]), kills, ["competition", "--data", str(data)], work)
+
+
+def kill_hkh(seed: int, kills: int, work: Path) -> Killed:
+    """Kill `prep hkh` all over its run, half of the times while it replaces an older store."""
+    data = work / "kill-hkh"
+    write_hkh_sample(data, 6, 128, seed=1)
+    source = ["--scenes", str(data / SCENES_FOLDER), "--labels", str(data / LABELS_FILE)]
+    options = [
+        "--size",
+        "64",
+        "--overlap",
+        "16",
+        "--max-background",
+        "1",
+        "--min-glacier",
+        "0",
+        "--jobs",
+        "1",
+    ]
+    return kill_stores(np.random.default_rng([seed, 6]), kills, ["hkh", *source, *options], work)
+
+
+def kill_stores(rng: np.random.Generator, kills: int, command: list[str], work: Path) -> Killed:
+    """Kill a command of prep; the next one has to end with the same bytes, and to leave nothing else."""
+    killed = Killed(kills, rng)
+    out, said = work / f"kill-{command[0]}-stores" / "store", work / "kill-said"
 
     def run() -> int:
-        return prep_main(["competition", "--data", str(data), "--out", str(out), "--overwrite"])
+        return prep_main([*command, "--out", str(out), "--overwrite"])
 
-    faults = finish(run, said)
-    started = time.perf_counter()
-    faults += finish(run, said)
-    seconds, expected = time.perf_counter() - started, digests(out)
-    killed, ended, states = 0, 0, Counter()
-    while killed < kills and len(faults) < 10 and ended < 3 * kills:
+    for _ in range(WARM_UPS):
+        killed.finish(run, said)
+    expected = digests(out)
+    for share in killed.shares:
         replaces = bool(rng.random() < 0.5)
-        if not replaces:
-            shutil.rmtree(out)
-        caught = kill_after(start(run, said), float(rng.uniform(0, seconds)))
-        killed, ended = killed + caught, ended + (not caught)
+        clear = (lambda: None) if replaces else (lambda: shutil.rmtree(out, ignore_errors=True))
+        caught = killed.kill_surely(run, said, share, clear)
         state = ("a store" if out.exists() else "no store") + (" of an older run" if replaces else "")
-        states[state] += caught
-        states["unfinished store left"] += bool(hidden(out.parent))
+        killed.states[state] += caught
+        killed.states["unfinished work left"] += bool(hidden(out.parent))
         if out.exists() and digests(out) != expected:
-            faults.append(f"kill {killed}: no whole store: {sorted(digests(out))}")
-        faults += finish(run, said)
+            killed.faults.append(f"kill at {share:.2f}: no whole store: {sorted(digests(out))}")
+        killed.finish(run, said)
         if digests(out) != expected or hidden(out.parent):
-            faults.append(
-                f"kill {killed}: the next run ended with {sorted(digests(out))}, {hidden(out.parent)}"
-            )
-    TileStore(out)
-    return Killed(killed, ended, states, faults)
+            killed.faults.append(f"kill at {share:.2f}: then {sorted(digests(out))}, {hidden(out.parent)}")
+    if not killed.faults:
+        TileStore(out)
+    return killed
 
 
 def two_preps(times: int, work: Path) -> list[str]:
@@ -230,11 +282,12 @@ def two_preps(times: int, work: Path) -> list[str]:
 
 
 def kill_training(seed: int, kills: int, work: Path) -> Killed:
-    """Kill a training of four epochs again and again until it ends; each has to end with the same scores.
+    """Kill trainings of four epochs all over their run, some of them again when they go on.
 
-    A kill may come at any moment of what is left of a run.
+    Each has to end with the scores and weights of an undisturbed one.
     """
     rng = np.random.default_rng([seed, 4])
+    killed = Killed(kills, rng)
     store, said = make_store(work / "kill-fold-store", size=64), work / "kill-said"
     smoke = Path(solution.__file__).parent / "train" / "configs" / "smoke.yaml"
     settings = [f"data.store={store}", "train.epochs=4", "data.steps_per_epoch=1", "data.crop=32"]
@@ -245,25 +298,22 @@ def kill_training(seed: int, kills: int, work: Path) -> Killed:
         fit_fold(config, 0, folder)
         return 0
 
-    started = time.perf_counter()
-    faults = finish(run, said)
-    seconds, expected = time.perf_counter() - started, training_result(folder / "fold0" / FOLD_FILE)
-    killed, ended, states = 0, 0, Counter()
-    while killed < kills and len(faults) < 10:
-        shutil.rmtree(folder)
-        while True:
-            caught = kill_after(start(run, said), float(rng.uniform(0, seconds)))
-            killed += caught
-            checkpoint = folder / "fold0" / RESUME_FILE
-            if (folder / "fold0" / FOLD_FILE).exists() or not caught:
-                break
-            states[epochs_in(checkpoint)] += 1
-        ended += 1
-        faults += finish(run, said)  # nothing is left to do, or the last step
+    for _ in range(WARM_UPS):
+        shutil.rmtree(folder, ignore_errors=True)
+        killed.finish(run, said)
+    expected = training_result(folder / "fold0" / FOLD_FILE)
+    for share in killed.shares:
+        caught = killed.kill_surely(run, said, share, lambda: shutil.rmtree(folder, ignore_errors=True))
+        killed.states[epochs_in(folder / "fold0" / RESUME_FILE)] += caught
+        if rng.random() < 0.3:
+            left = (1 - share) * float(np.median(killed.seconds))
+            again = killed.kill(run, said, float(rng.random()), left)
+            killed.states[epochs_in(folder / "fold0" / RESUME_FILE)] += again
+        killed.faults += finish(run, said)  # nothing is left to do, or the last step
         found = training_result(folder / "fold0" / FOLD_FILE)
         if found != expected:
-            faults.append(f"kill {killed}: ended with {found}, expected {expected}")
-    return Killed(killed, ended, states, faults)
+            killed.faults.append(f"kill at {share:.2f}: ended with {found}, expected {expected}")
+    return killed
 
 
 def epochs_in(checkpoint: Path) -> str:
