@@ -84,6 +84,12 @@ GREEN, SWIR, THERMAL = 1, 3, 4  # in BANDS
 DERIVED_INPUTS = ("ndsi", "temperature_anomaly", "nodata_distance")
 DARKEST_SUM = 0.05  # of two reflectances: below, their quotient is mostly noise and is damped
 NODATA_REACH = 32  # px, further away the distance to nodata is the same
+# Features of a pixel for trees; see pixel_features and BoostedTrees.
+LEAST_REFLECTANCE = 0.01  # sum of two bands below which their quotient is no feature of a pixel
+STATISTICS_WINDOWS = (3, 9, 17, 33, 65)  # px, sides of the windows of local statistics: 90 m to 2 km
+PIXEL_FEATURES = len(BANDS) + 2 + len(STATISTICS_WINDOWS) * (1 + 3 * len(BANDS))
+PIXELS_AT_ONCE = 16384  # a table of places and what goes with it stay in a core's cache
+FLOAT32_BIAS, FLOAT32_FRACTION = 127, 23  # 2^n has the exponent n + 127, behind 23 bits of fraction
 GLACIER_GROUP = (1, 2)  # glacier of either kind, which the labels know best,
 REST_GROUP = (0, 3)  # and what is none
 
@@ -744,6 +750,178 @@ class GlaViTU(nn.Module):
         return logits, auxiliary
 
 
+def box_sum(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the sums (H, W) float64 over the part of a square window that lies inside the array."""
+    values = values.astype(np.float64, copy=False)
+    return cv2.boxFilter(
+        values, cv2.CV_64F, (window, window), normalize=False, borderType=cv2.BORDER_CONSTANT
+    )
+
+
+def local_statistics(band: np.ndarray, window: int) -> Tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of the values in a square window around each pixel.
+
+    Args:
+        band: (H, W) float32, NaN where there is no value.
+        window: odd side of the square in pixels; at the edges only its part inside the array counts.
+
+    Returns:
+        Two (H, W) float32 arrays in the band's unit, over the values that are there; NaN where there is none.
+    """
+    present = ~np.isnan(band)
+    # Squares of centred values stay small: the difference of squares below does not cancel.
+    centre = band[present].mean(dtype=np.float64) if present.any() else 0.0
+    values = np.where(present, band - centre, 0.0).astype(np.float64)
+    count = box_sum(present, window)
+    count[count < 0.5] = np.nan  # running sums may leave a residue where there is nothing
+    mean = box_sum(values, window) / count
+    variance = box_sum(values**2, window) / count - mean**2
+    return (mean + centre).astype(np.float32), np.sqrt(np.maximum(variance, 0.0)).astype(np.float32)
+
+
+def snow_index(image: np.ndarray) -> np.ndarray:
+    """Return NDSI (H, W) of an image (H, W, 5); NaN where the bands add up to nothing (deep shadow)."""
+    green, swir = image[..., GREEN], image[..., SWIR]
+    total = green + swir
+    return np.divide(green - swir, total, out=np.full_like(total, np.nan), where=total > LEAST_REFLECTANCE)
+
+
+def pixel_features(image: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the PIXEL_FEATURES features of every pixel, each (H, W) float32, NaN where it has no value.
+
+    They are the bands, NDSI, temperature minus the image's median, and for each of STATISTICS_WINDOWS the
+    share of valid pixels (masked cloud and shadow are a clue to what is beside them) and each band's mean,
+    standard deviation and difference from the mean.
+
+    Args:
+        image: (H, W, 5), reflectance and kelvin, NaN where nodata.
+    """
+    bands = [np.ascontiguousarray(image[..., index], np.float32) for index in range(len(BANDS))]
+    yield from bands
+    yield snow_index(image)
+    thermal, known = bands[THERMAL], ~np.isnan(bands[THERMAL])
+    yield thermal - np.float32(np.median(thermal[known]) if known.any() else 0.0)
+    valid = valid_mask(image)
+    for window in STATISTICS_WINDOWS:
+        yield (box_sum(valid, window) / box_sum(np.ones_like(valid), window)).astype(np.float32)
+        for band in bands:
+            mean, deviation = local_statistics(band, window)
+            yield from (mean, deviation, band - mean)
+
+
+class TreeTables(NamedTuple):
+    """A tree's features (n,), for each the leaves that remain at each of its 256 places, (n, 256) int32, and
+    the value (256,) of each leaf at the exponent of the float32 that has its bit alone."""
+
+    features: np.ndarray
+    remaining: np.ndarray
+    values: np.ndarray
+
+
+class BoostedTrees(nn.Module):
+    """Gradient-boosted trees on each pixel's surroundings, in the place of a network.
+
+    They answer three questions: is it glacier of either kind, is glacier covered by debris, is the rest a
+    lake? Products of their probabilities are the classes. Inputs are physical units (a normalisation of mean
+    0 and deviation 1): where a band is exactly 0, which no stored integer becomes, it is nodata.
+
+    A tree is evaluated without walking it (QuickScorer, Lucchese et al. 2015, doi 10.1145/2766462.2767733):
+    each of its tests that a pixel fails rules out the leaves to the left of it, a set of bits. All tests of
+    one feature are one table, from the feature's place among its thresholds to the leaves that remain. Leaves
+    count from the left, so that the answer is the lowest bit that remains of all tables.
+    """
+
+    LEAVES = 31  # of a tree at most
+    MISSING = 255  # place of a feature without a value; the others are 0 to 254
+
+    def __init__(
+        self, in_channels: int, classes: int, encoder_weights: None, trees: Sequence[int] = (0, 0, 0)
+    ) -> None:
+        """Make as many empty trees for each question as `trees` says; sizes as for any network."""
+        super().__init__()
+        self.trees = tuple(trees)
+        nodes = (sum(trees), self.LEAVES - 1)
+        start, thresholds = torch.zeros(len(trees)), torch.zeros(len(trees), PIXEL_FEATURES, self.MISSING)
+        self.register_buffer("start", start.double())  # log-odds before any tree
+        self.register_buffer("thresholds", thresholds.double())  # ascending, the last the largest float32
+        self.register_buffer("feature", torch.zeros(nodes, dtype=torch.uint8))
+        self.register_buffer("threshold", torch.zeros(nodes, dtype=torch.uint8))  # goes left up to this one
+        self.register_buffer("missing_left", torch.zeros(nodes, dtype=torch.bool))
+        self.register_buffer("left_leaves", torch.zeros(nodes, dtype=torch.int32))  # bits, 0: no test
+        self.register_buffer("value", torch.zeros(sum(trees), self.LEAVES).double())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities (B, 4, H, W) of bands (B, 5, H, W) in physical units, 0 where nodata."""
+        maps = [to_tensor(np.log(self.probabilities(to_array(image)))) for image in x]
+        return torch.stack(maps).to(x.device)
+
+    def probabilities(self, bands: np.ndarray) -> np.ndarray:
+        """Return the probabilities (4, H, W) float32, above 0, of bands (5, H, W); nodata is other."""
+        image = np.where(bands == 0, np.float32(np.nan), bands).transpose(1, 2, 0)
+        valid = valid_mask(image)
+        glacier, debris, lake = np.zeros((len(self.trees),) + valid.shape)
+        if valid.any():
+            glacier[valid], debris[valid], lake[valid] = self.answers(self.places(image, valid))
+        rest = 1 - glacier
+        classes = [rest * (1 - lake), glacier * (1 - debris), glacier * debris, rest * lake]
+        return np.maximum(np.stack(classes), 1e-30).astype(np.float32)
+
+    def places(self, image: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Return (3, PIXEL_FEATURES, N) uint8: where the features of the N valid pixels of an image (H, W, 5)
+        lie among the thresholds of each question."""
+        thresholds = np.array(self.thresholds.tolist())
+        places = np.zeros(thresholds.shape[:2] + (int(valid.sum()),), np.uint8)
+        for feature, plane in enumerate(pixel_features(image)):
+            values = plane[valid].astype(np.float64)
+            for question in np.flatnonzero(self.trees):  # NaN sorts behind all: its place is MISSING
+                places[question, feature] = np.searchsorted(thresholds[question, feature], values)
+        return places
+
+    def answers(self, places: np.ndarray) -> np.ndarray:
+        """Return (3, N) float64: how probable each question's yes is."""
+        ends = np.cumsum(self.trees)
+        tables = [self.tables(tree) for tree in range(sum(self.trees))]
+        scores = np.empty((len(self.trees), places.shape[2]))
+
+        def fill(start: int) -> None:
+            part = np.s_[start : start + PIXELS_AT_ONCE]
+            for question, (end, count) in enumerate(zip(ends, self.trees)):
+                chosen = tables[end - count : end]
+                scores[question, part] = sum_of_trees(np.ascontiguousarray(places[question, :, part]), chosen)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, range(0, places.shape[2], PIXELS_AT_ONCE)))
+        start = np.array(self.start.tolist())
+        return 1 / (1 + np.exp(-(scores + start[:, None])))
+
+    def tables(self, tree: int) -> TreeTables:
+        """Return what evaluates a tree."""
+        feature, threshold, left_leaves = (
+            np.array(stored[tree].tolist()) for stored in (self.feature, self.threshold, self.left_leaves)
+        )
+        goes_left = np.arange(self.MISSING + 1) <= threshold[:, None]
+        goes_left[:, self.MISSING] = self.missing_left[tree].tolist()
+        remaining = np.where(goes_left, -1, ~left_leaves[:, None]).astype(np.int32)
+        order = np.argsort(feature, kind="stable")
+        used, starts = np.unique(feature[order], return_index=True)
+        values = np.zeros(256)
+        values[FLOAT32_BIAS : FLOAT32_BIAS + self.LEAVES] = self.value[tree].tolist()
+        return TreeTables(used, np.bitwise_and.reduceat(remaining[order], starts), values)
+
+
+def sum_of_trees(places: np.ndarray, trees: Sequence[TreeTables]) -> np.ndarray:
+    """Return the sum (N,) float64 of what trees say of pixels with these places (PIXEL_FEATURES, N) uint8."""
+    total = np.zeros((1, places.shape[1]))
+    for tree in trees:
+        remaining = np.full(total.shape, -1, np.int32)
+        for feature, table in zip(tree.features, tree.remaining):
+            cv2.bitwise_and(remaining, cv2.LUT(places[feature : feature + 1], table[None]), dst=remaining)
+        lowest = (remaining & -remaining).astype(np.float32)
+        exponents = (lowest.view(np.int32) >> FLOAT32_FRACTION).astype(np.uint8)
+        total += cv2.LUT(exponents, tree.values[None])
+    return total[0]
+
+
 NETWORKS: Dict[str, Callable[..., nn.Module]] = {
     "Unet": smp.Unet,
     "CoarseUnet": CoarseUnet,
@@ -752,6 +930,7 @@ NETWORKS: Dict[str, Callable[..., nn.Module]] = {
     "FPN": smp.FPN,
     "DeepLabV3Plus": smp.DeepLabV3Plus,
     "GlaViTU": GlaViTU,
+    "BoostedTrees": BoostedTrees,
 }
 
 

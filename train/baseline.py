@@ -3,31 +3,40 @@
 Two questions in a row, as the labels allow: is a pixel glacier of either kind (all tiles answer), and is a
 glacier pixel covered by debris (only tiles with phase-2 labels answer)? A third splits lakes from the rest if
 any label shows a lake. The products of their probabilities are the four classes.
+
+What is fitted here becomes a `solution.BoostedTrees`, plain arrays that are evaluated without scikit-learn,
+and a `fold.pt` like that of any network: the run can be evaluated, mixed with others, packed and submitted.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import cv2
 import numpy as np
+import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
 from prep.store import TileStore
-from solution import BANDS, valid_mask
-from train.metrics import DEBRIS, GLACIER, GLACIER_CODES, LAKE, N_CLASSES, OTHER, REST_CODES
+from solution import BANDS, CLASS_NAMES, PIXEL_FEATURES, BoostedTrees, pixel_features
+from train.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
+from train.evaluate import as_member, predict_views
+from train.fit import FOLD_FILE, FOLD_FORMAT, versions, write_whole
+from train.metrics import DEBRIS, GLACIER, GLACIER_CODES, LAKE, OTHER, REST_CODES
 from train.report import OOF_FOLDER, RUN_FILE, score_run
+from train.transfer import input_identity
 
-WINDOWS = (3, 9, 17, 33, 65)  # px, sides of the windows of local statistics: 90 m to 2 km
-GREEN, SWIR, THERMAL = ([band.landsat for band in BANDS].index(name) for name in ("B3", "B6", "B10"))
 PIXELS_PER_TILE = 10_000  # drawn for each question, so that every tile weighs about the same
-PREDICTED_AT_ONCE = 8192  # pixels
-MIN_REFLECTANCE = 0.01  # sum of two bands below which their ratio is noise
+UNCHANGED = {"mean": [0.0] * len(BANDS), "std": [1.0] * len(BANDS)}  # trees take physical units
+NEVER = 1e-15  # probability of what the training side does not show
+LARGEST = float(np.finfo(np.float32).max)  # in the place of infinity, which no stored weight may be
 MIN_EXAMPLES = 50  # fewer pixels of a class on the training side are no basis for a classifier
 # Chosen on the folds it is scored on, which favours the baseline a little. For the glacier question the share
 # of valid pixels is worth 0.012 of MCC, and 400 trees at this rate 0.008 over 200 at 0.06; windows of 129 px,
@@ -57,55 +66,18 @@ class Examples(NamedTuple):
     answers: np.ndarray
 
 
-Answer = Callable[[np.ndarray], np.ndarray]  # features (N, F) -> probability of yes (N,)
+class Answer(NamedTuple):
+    """How a question is answered: the log-odds of yes before any tree, and each tree's nodes as scikit-learn
+    has them (records with feature_idx, num_threshold, missing_go_to_left, left, right, is_leaf, value)."""
+
+    start: float
+    trees: tuple[np.ndarray, ...]
+
 
 IS_GLACIER = Question("glacier of either kind", REST_CODES, GLACIER_CODES)
 IS_DEBRIS = Question("debris among glacier", (GLACIER,), (DEBRIS,))
 IS_LAKE = Question("lake among the rest", (OTHER,), (LAKE,))
 QUESTIONS = (IS_GLACIER, IS_DEBRIS, IS_LAKE)
-
-
-def local_statistics(band: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of the values in a square window around each pixel.
-
-    Args:
-        band: (H, W) float32, NaN where there is no value.
-        window: odd side of the square in pixels; at the edges only its part inside the array counts.
-
-    Returns:
-        Two (H, W) float32 arrays in the band's unit, over the values that are there; NaN where there is none.
-    """
-    present = ~np.isnan(band)
-    # Squares of centred values stay small: the difference of squares below does not cancel.
-    centre = band[present].mean(dtype=np.float64) if present.any() else 0.0
-    values = np.where(present, band - centre, 0.0).astype(np.float64)
-    count = _box_sum(present, window)
-    count[count < 0.5] = np.nan  # running sums may leave a residue where there is nothing
-    mean = _box_sum(values, window) / count
-    variance = _box_sum(values**2, window) / count - mean**2
-    return (mean + centre).astype(np.float32), np.sqrt(np.maximum(variance, 0.0)).astype(np.float32)
-
-
-def pixel_features(image: np.ndarray) -> np.ndarray:
-    """Return the features of every pixel of a tile.
-
-    Args:
-        image: (H, W, 5), reflectance and kelvin, NaN where nodata.
-
-    Returns:
-        (H, W, F) float32: the bands, NDSI, temperature minus the tile's median, and for each window of
-        `WINDOWS` the share of valid pixels (masked cloud and shadow are a clue to what is beside them) and
-        each band's mean, standard deviation and difference from the mean. NaN where there is no value; the
-        trees take it as it is.
-    """
-    bands = [image[..., index] for index in range(len(BANDS))]
-    planes = [*bands, _ndsi(image), bands[THERMAL] - _median(bands[THERMAL])]
-    for window in WINDOWS:
-        planes.append(_valid_share(image, window))
-        for band in bands:
-            mean, deviation = local_statistics(band, window)
-            planes.extend((mean, deviation, band - mean))
-    return np.stack(planes, axis=-1).astype(np.float32, copy=False)
 
 
 def draw_examples(image: np.ndarray, mask: np.ndarray, seed: Sequence[int]) -> dict[Question, Examples]:
@@ -117,7 +89,7 @@ def draw_examples(image: np.ndarray, mask: np.ndarray, seed: Sequence[int]) -> d
         seed: of the draw; the same seed draws the same pixels.
     """
     rng = np.random.default_rng(seed)
-    features = pixel_features(image).reshape(mask.size, -1)
+    features = np.stack([plane.ravel() for plane in pixel_features(image)], axis=-1)
     codes = mask.ravel()
     examples = {}
     for question in QUESTIONS:
@@ -128,7 +100,7 @@ def draw_examples(image: np.ndarray, mask: np.ndarray, seed: Sequence[int]) -> d
 
 
 def fit_answer(examples: Sequence[Examples], seed: int) -> Answer:
-    """Return a function from features (N, F) to the probability of yes (N,), fitted to examples of tiles.
+    """Return trees that say how probable yes is, fitted to examples of tiles.
 
     With fewer than `MIN_EXAMPLES` of either answer it is the share of yes among them, and 0 without any: a
     training side that shows no certain debris calls all glacier clean, one that shows no lake predicts none.
@@ -136,32 +108,90 @@ def fit_answer(examples: Sequence[Examples], seed: int) -> Answer:
     features = np.concatenate([part.features for part in examples])
     answers = np.concatenate([part.answers for part in examples])
     if min(answers.sum(), (~answers).sum()) < MIN_EXAMPLES:
-        share = float(answers.mean()) if answers.size else 0.0
-        return lambda pixels: np.full(len(pixels), share)
+        share = np.clip(answers.mean() if answers.size else 0.0, NEVER, 1 - NEVER)
+        return Answer(math.log(share / (1 - share)), ())
     model = HistGradientBoostingClassifier(**BOOSTING, early_stopping=False, random_state=seed)
-    model.fit(features, answers)
-    return lambda pixels: _predict_blocks(model, pixels)
+    return as_answer(model.fit(features, answers))
 
 
-def predict_tile(image: np.ndarray, answers: Mapping[Question, Answer]) -> np.ndarray:
-    """Return the class probabilities of a tile, (4, H, W) float16; nodata is other with certainty.
+def as_answer(model: HistGradientBoostingClassifier) -> Answer:
+    """Return what a fitted classifier of two classes and numbers only consists of."""
+    trees = tuple(predictor.nodes for (predictor,) in model._predictors)
+    return Answer(float(model._baseline_prediction.item()), trees)
+
+
+def as_network(answers: Sequence[Answer]) -> BoostedTrees:
+    """Return the trees of all questions, in the order of `QUESTIONS`, as `solution.py` evaluates them."""
+    network = BoostedTrees(len(BANDS), len(CLASS_NAMES), None, [len(answer.trees) for answer in answers])
+    thresholds = [sorted_thresholds(answer.trees) for answer in answers]
+    trees = [
+        tree_arrays(nodes, limits) for answer, limits in zip(answers, thresholds) for nodes in answer.trees
+    ]
+    state = {"start": [answer.start for answer in answers], "thresholds": thresholds}
+    for name in ("feature", "threshold", "missing_left", "left_leaves", "value"):
+        state[name] = [tree[name] for tree in trees]
+    for name, buffer in network.state_dict().items():  # shares its memory with the network
+        if buffer.numel():
+            buffer.copy_(torch.from_numpy(np.array(state[name])))
+    return network
+
+
+def sorted_thresholds(trees: Sequence[np.ndarray]) -> np.ndarray:
+    """Return each feature's different thresholds in ascending order, (F, 255) float64, then `LARGEST`."""
+    thresholds = np.full((PIXEL_FEATURES, BoostedTrees.MISSING), LARGEST)
+    if trees:
+        nodes = np.concatenate(trees)
+        tests = nodes[nodes["is_leaf"] == 0]
+        for feature in np.unique(tests["feature_idx"]):
+            found = np.unique(_finite(tests["num_threshold"][tests["feature_idx"] == feature]))
+            thresholds[feature, : len(found)] = found
+    return thresholds
+
+
+def _finite(thresholds: np.ndarray) -> np.ndarray:
+    """Return thresholds without infinity, by which scikit-learn parts missing values from all others."""
+    return np.minimum(thresholds, LARGEST)
+
+
+def tree_arrays(nodes: np.ndarray, thresholds: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a tree's rows of the buffers of `BoostedTrees`; its tests are in any order, its leaves from left
+    to right.
 
     Args:
-        image: (H, W, 5), physical units, NaN where nodata.
-        answers: what `fit_answer` returned for each question.
+        nodes: as scikit-learn has them.
+        thresholds: what `sorted_thresholds` returned for the question.
     """
-    valid = valid_mask(image)
-    probabilities = np.zeros((N_CLASSES, *valid.shape), dtype=np.float16)
-    probabilities[OTHER, ~valid] = 1.0
-    if valid.any():
-        pixels = pixel_features(image)[valid]  # (N, F)
-        yes = {question: answer(pixels) for question, answer in answers.items()}
-        glacier, debris, lake = yes[IS_GLACIER], yes[IS_DEBRIS], yes[IS_LAKE]
-        probabilities[GLACIER, valid] = glacier * (1 - debris)
-        probabilities[DEBRIS, valid] = glacier * debris
-        probabilities[LAKE, valid] = (1 - glacier) * lake
-        probabilities[OTHER, valid] = (1 - glacier) * (1 - lake)
-    return probabilities
+    below = leaves_below(nodes)
+    tests, leaves = nodes[nodes["is_leaf"] == 0], np.flatnonzero(nodes["is_leaf"])
+    limits = zip(tests["feature_idx"], _finite(tests["num_threshold"]))
+    value = np.zeros(BoostedTrees.LEAVES)
+    value[: len(leaves)] = nodes["value"][sorted(leaves.tolist(), key=below.__getitem__)]
+    row = {
+        "feature": tests["feature_idx"],
+        "threshold": np.array([np.searchsorted(thresholds[feature], limit) for feature, limit in limits]),
+        "missing_left": tests["missing_go_to_left"],
+        "left_leaves": np.array([below[left] for left in tests["left"]]),
+    }
+    unused = BoostedTrees.LEAVES - 1 - len(tests)
+    return {
+        "value": value,
+        **{name: np.pad(array, (0, unused)).astype(np.int64) for name, array in row.items()},
+    }
+
+
+def leaves_below(nodes: np.ndarray) -> dict[int, int]:
+    """Return which leaves lie below each node of a tree, as bits that count them from the left."""
+    below: dict[int, int] = {}
+
+    def visit(index: int, first: int) -> int:
+        """Number the leaves below a node from `first` on, and return the number after them."""
+        node = nodes[index]
+        after = first + 1 if node["is_leaf"] else visit(node["right"], visit(node["left"], first))
+        below[index] = 2**after - 2**first
+        return after
+
+    visit(0, 0)
+    return below
 
 
 def run_baseline(
@@ -169,15 +199,15 @@ def run_baseline(
 ) -> dict:
     """Predict every tile of a store by models trained on the other folds, score that, and return the scores.
 
-    Writes `run_dir`/oof/<tile_id>.npy ((4, H, W) float16 probabilities), run.json and scores.json; results of
-    an earlier run there are replaced.
+    Writes `run_dir`/fold<n>/fold.pt, oof/<tile_id>.npy ((4, H, W) float16 probabilities), run.json and
+    scores.json; results of an earlier run there are replaced.
 
     Args:
         store_folder: tile store, e.g. data/competition.
         scheme: fold scheme of the store, "stratified" or "spatial".
         run_dir: folder for the results, made where missing.
         seed: of the drawn pixels and of the trees.
-        threads: CPU threads of scikit-learn and OpenCV.
+        threads: CPU threads of scikit-learn, PyTorch and OpenCV.
 
     Raises:
         prep.store.StoreError: the store is incomplete, or has no such scheme.
@@ -185,18 +215,67 @@ def run_baseline(
     store, run_dir = TileStore(store_folder), Path(run_dir)
     fold_of = store.fold_of(scheme)
     _empty_folder(run_dir / OOF_FOLDER)
+    for path in run_dir.glob(f"fold*/{FOLD_FILE}"):
+        path.unlink()
     (run_dir / RUN_FILE).write_text(json.dumps({"model": "baseline", "scheme": scheme, "seed": seed}) + "\n")
+    records = []
     with limited_threads(threads):
         examples = _draw_store(store, seed)
         for fold in sorted(set(fold_of.values())):
-            training = [examples[tile_id] for tile_id in store.tile_ids if fold_of[tile_id] != fold]
-            answers = {
-                question: fit_answer([tile[question] for tile in training], seed) for question in QUESTIONS
-            }
-            for tile_id in [tile_id for tile_id in store.tile_ids if fold_of[tile_id] == fold]:
-                np.save(run_dir / OOF_FOLDER / f"{tile_id}.npy", predict_tile(store.image(tile_id), answers))
+            started = time.monotonic()
+            training = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] != fold]
+            answers = [
+                fit_answer([examples[tile_id][question] for tile_id in training], seed)
+                for question in QUESTIONS
+            ]
+            record = fold_record(store, scheme, fold, as_network(answers), seed)
+            records.append({**record, "seconds": time.monotonic() - started})
+            member = as_member(record)
+            for tile_id in record["val_tiles"]:
+                probabilities = predict_views(member, store.image(tile_id), views=1)[0]
+                np.save(run_dir / OOF_FOLDER / f"{tile_id}.npy", probabilities)
             print(f"baseline, {scheme} fold {fold}: trained on {len(training)} tiles", flush=True)
-    return score_run(run_dir, store)
+    scores = score_run(run_dir, store)
+    for record in records:
+        _save_record(run_dir, record, scores["folds"][str(record["fold"])]["valid_pixels"])
+    return scores
+
+
+def fold_record(store: TileStore, scheme: str, fold: int, network: BoostedTrees, seed: int) -> dict:
+    """Return the content of a fold's `fold.pt` but for its scores, as `train.fit` writes it for a network."""
+    fold_of = store.fold_of(scheme)
+    args = {"trees": list(network.trees)}
+    config = Config(
+        data=DataConfig(store=str(store.folder), scheme=scheme),
+        model=ModelConfig(name="BoostedTrees", args=args),
+        train=TrainConfig(seed=seed),
+    )
+    return {
+        "format": FOLD_FORMAT,
+        "arch": {"name": "BoostedTrees", "args": args},
+        **input_identity(),
+        "epoch": 1,
+        "epochs": 1,
+        "fold": fold,
+        "scheme": scheme,
+        "scaling": "statistics",
+        "label_shift": [0, 0],
+        "train_tiles": [tile_id for tile_id in store.tile_ids if fold_of[tile_id] != fold],
+        "val_tiles": [tile_id for tile_id in store.tile_ids if fold_of[tile_id] == fold],
+        "normalization": UNCHANGED,
+        "config": to_dict(config),
+        "versions": versions(),
+        "state_dict": dict(network.state_dict()),
+    }
+
+
+def _save_record(run_dir: Path, record: dict, scores: Mapping) -> None:
+    """Write a fold's record with its scores, those of `score_run` over valid pixels."""
+    names = {"val_mcc": "binary", "val_mcc4": "four_class"}
+    found = {name: scores[task]["mcc"] if scores[task] else math.nan for name, task in names.items()}
+    folder = run_dir / f"fold{record['fold']}"
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / FOLD_FILE, lambda path: torch.save({**record, **found}, path))
 
 
 @contextmanager
@@ -209,12 +288,6 @@ def limited_threads(threads: int) -> Iterator[None]:
             yield
     finally:
         cv2.setNumThreads(before)
-
-
-def _predict_blocks(model: HistGradientBoostingClassifier, pixels: np.ndarray) -> np.ndarray:
-    """Return the probability of yes, in blocks that stay in cache while every tree walks them."""
-    blocks = [pixels[start : start + PREDICTED_AT_ONCE] for start in range(0, len(pixels), PREDICTED_AT_ONCE)]
-    return np.concatenate([model.predict_proba(block)[:, 1] for block in blocks])
 
 
 def _empty_folder(folder: Path) -> None:
@@ -230,27 +303,3 @@ def _draw_store(store: TileStore, seed: int) -> dict[str, dict[Question, Example
         tile_id: draw_examples(store.image(tile_id), store.mask(tile_id), (seed, index))
         for index, tile_id in enumerate(store.tile_ids)
     }
-
-
-def _box_sum(values: np.ndarray, window: int) -> np.ndarray:
-    """Sum the values in the part of a square window that lies inside the array."""
-    values = values.astype(np.float64, copy=False)
-    size = (window, window)
-    return cv2.boxFilter(values, cv2.CV_64F, size, normalize=False, borderType=cv2.BORDER_CONSTANT)
-
-
-def _valid_share(image: np.ndarray, window: int) -> np.ndarray:
-    valid = valid_mask(image)
-    return (_box_sum(valid, window) / _box_sum(np.ones_like(valid), window)).astype(np.float32)
-
-
-def _ndsi(image: np.ndarray) -> np.ndarray:
-    """Return the normalised difference snow index; NaN where the bands add up to nothing (deep shadow)."""
-    green, swir = image[..., GREEN], image[..., SWIR]
-    total = green + swir
-    return np.divide(green - swir, total, out=np.full_like(total, np.nan), where=total > MIN_REFLECTANCE)
-
-
-def _median(band: np.ndarray) -> float:
-    values = band[~np.isnan(band)]
-    return float(np.median(values)) if values.size else 0.0

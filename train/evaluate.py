@@ -64,7 +64,7 @@ def as_member(record: dict) -> Member:
 
 def predict_views(member: Member, image: np.ndarray, views: int = len(VIEWS)) -> np.ndarray:
     """Return the class probabilities of an image (H, W, 5) in the first views, (views, 4, H, W) float16."""
-    device = next(member.network.parameters()).device
+    device = next(iter(member.network.state_dict().values())).device
     passes = tuple(Pass(0, number) for number in range(views))
     model = Model((member,), passes, (0.0,) * len(CLASS_NAMES), Postprocess(), math.inf, device)
     maps = [ensemble_probabilities(model, image, (view,)).probs for view in passes]

@@ -30,12 +30,12 @@ CARD_SCORES = (
 
 
 def to_half(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return weights as float16, BatchNorm's running statistics and counters as they are.
+    """Return weights as float16; BatchNorm's running statistics, counters, and what is float64 as they are.
 
-    Variances span more than float16 can hold, and they are few.
+    Variances span more than float16 can hold, and they are few. The thresholds of trees are float64.
     """
     return {
-        name: tensor.half() if tensor.is_floating_point() and "running_" not in name else tensor
+        name: tensor.half() if tensor.dtype == torch.float32 and "running_" not in name else tensor
         for name, tensor in state.items()
     }
 

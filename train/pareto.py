@@ -414,7 +414,7 @@ def measure_cost(records: Sequence[Mapping], image: np.ndarray) -> Cost:
     gmac, seconds = [], []
     for record in records:
         member = as_member(record)
-        device = next(member.network.parameters()).device
+        device = next(iter(member.network.state_dict().values())).device
         model = Model((member,), (Pass(0, 0),), NO_BIAS, Postprocess(), math.inf, device)
         work = partial(ensemble_probabilities, model, image, model.passes)
         gmac.append(count_gmac(record["arch"]))
