@@ -93,7 +93,7 @@ bench-pretrain: setup ## does pretraining help? the whole way on synthetic data:
 baseline: prep ## the per-pixel gradient boosting on the same folds
 	$(PY) -m train baseline --scheme $(SCHEME) --run runs/baseline-$(SCHEME) --store $(STORE)
 
-report: setup ## compare U-Net and baseline on both kinds of folds, and write reports/
+report: setup ## compare U-Net and baseline on both kinds of folds: reports/, and reports/index.html with all tiles
 	@for scheme in stratified spatial; do \
 		$(MAKE) --no-print-directory evaluate baseline SCHEME=$$scheme || exit 1; done
 	$(PY) -m train calibrate runs/$(NAME)-stratified runs/$(NAME)-spatial --store $(STORE) \
@@ -102,7 +102,8 @@ report: setup ## compare U-Net and baseline on both kinds of folds, and write re
 		--baseline runs/baseline-stratified --out $(PASSES) --report reports/pareto.md
 	$(PY) -m train report U-Net=runs/$(NAME)-stratified baseline=runs/baseline-stratified \
 		U-Net-spatial=runs/$(NAME)-spatial baseline-spatial=runs/baseline-spatial \
-		--store $(STORE) --made-with "make report DATA=<folder with Band1 ... Band5 and the labels>"
+		--store $(STORE) --html reports/index.html --calibration $(CALIBRATION) --passes $(PASSES) \
+		--made-with "make report DATA=<folder with Band1 ... Band5 and the labels>"
 
 ablate: prep ## train the trials of ABLATIONS side by side and tabulate what each is worth: reports/ablations.md
 	$(PY) -m train ablate --set $(ABLATIONS) --run runs/ablate --report reports/ablations.md --store $(STORE) \

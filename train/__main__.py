@@ -253,17 +253,27 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--made-with", action="append", default=[], metavar="LINE", help="a command to show in the report"
     )
+    parser.add_argument(
+        "--html", type=Path, help="a page with pictures of all tiles, e.g. reports/index.html"
+    )
+    parser.add_argument("--calibration", type=Path, help="JSON file of `calibrate` to show on that page")
+    parser.add_argument("--passes", type=Path, help="JSON file of `pareto` to show on that page")
     add_store_argument(parser)
 
 
 def run_report(arguments: argparse.Namespace) -> int:
-    """Compare the out-of-fold scores of runs in Markdown, with figures."""
+    """Compare the out-of-fold scores of runs in Markdown, with figures, and on a page with pictures."""
     from prep.store import TileStore
-    from train.report import write_report
+    from train.html_report.page import write_page
+    from train.report import read_run_names, write_report
 
-    runs = {name: Path(folder) for name, folder in (run.split("=", 1) for run in arguments.runs)}
-    write_report(runs, TileStore(arguments.store), arguments.out, arguments.made_with)
+    runs, store = read_run_names(arguments.runs), TileStore(arguments.store)
+    scores = write_report(runs, store, arguments.out, arguments.made_with)
     print(f"{arguments.out} written")
+    if arguments.html:
+        shown = (arguments.made_with, arguments.calibration, arguments.passes)
+        page = write_page(runs, scores, store, arguments.html, *shown)
+        print(f"{page} written, {page.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, Iterable
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from prep.labels import CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
+from prep.labels import CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE, allowed_classes
 from solution import BANDS
-from train.metrics import DEBRIS, GLACIER, LAKE, OTHER
+from train.metrics import DEBRIS, GLACIER, GLACIER_CODES, LAKE, OTHER
 
 FALSE_COLOUR = tuple([band.landsat for band in BANDS].index(name) for name in ("B6", "B4", "B3"))
 STRETCH = (2, 98)  # percentiles of a band that become black and full intensity
@@ -28,6 +29,36 @@ CODE_COLOURS = {
 OUTLINE_COLOURS = {GLACIER: "#ffe100", DEBRIS: "#ff2d95", LAKE: "#7c4dff"}
 
 
+class Outcome(IntEnum):
+    """What a prediction is worth at a pixel; WRONG_KIND has the extent of glacier right but not the class."""
+
+    RIGHT_REST = 0
+    RIGHT_GLACIER = 1
+    MISSED = 2
+    FALSE_ALARM = 3
+    WRONG_KIND = 4
+    NO_LABEL = IGNORE
+
+
+OUTCOME_NAMES: dict[int, str] = {
+    Outcome.RIGHT_REST: "right: no glacier",
+    Outcome.RIGHT_GLACIER: "right: glacier",
+    Outcome.MISSED: "glacier missed",
+    Outcome.FALSE_ALARM: "glacier where there is none",
+    Outcome.WRONG_KIND: "wrong kind",
+    Outcome.NO_LABEL: "nodata",
+}
+# What is right is pale; the three mistakes differ in lightness too, for eyes that see few colours.
+OUTCOME_COLOURS: dict[int, str] = {
+    Outcome.RIGHT_REST: "#e4e1d8",
+    Outcome.RIGHT_GLACIER: "#a9cde8",
+    Outcome.MISSED: "#d7301f",
+    Outcome.FALSE_ALARM: "#3f007d",
+    Outcome.WRONG_KIND: "#f0b400",
+    Outcome.NO_LABEL: "#ffffff",
+}
+
+
 def false_colour(image: np.ndarray) -> np.ndarray:
     """Return (H, W, 3) uint8 of SWIR, red, green of a tile (H, W, 5), stretched; white where any is NaN."""
     shown = image[..., list(FALSE_COLOUR)]
@@ -42,6 +73,25 @@ def paint_codes(codes: np.ndarray) -> np.ndarray:
     for code, colour in CODE_COLOURS.items():
         palette[code] = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
     return palette[codes]
+
+
+def map_outcomes(codes: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return the `Outcome` of each pixel, (H, W) uint8.
+
+    Args:
+        codes: (H, W) label codes, 255 where ignored; a class that the code allows is right.
+        predicted: (H, W) class indices 0-3.
+    """
+    labelled, found = np.isin(codes, GLACIER_CODES), np.isin(predicted, (GLACIER, DEBRIS))
+    wrong_kind = allowed_classes()[codes, predicted] == 0
+    choices = {
+        Outcome.NO_LABEL: codes == IGNORE,
+        Outcome.MISSED: labelled & ~found,
+        Outcome.FALSE_ALARM: ~labelled & found,
+        Outcome.WRONG_KIND: wrong_kind,
+        Outcome.RIGHT_GLACIER: labelled,
+    }
+    return np.select(list(choices.values()), list(choices), Outcome.RIGHT_REST).astype(np.uint8)
 
 
 def _stretch(band: np.ndarray) -> np.ndarray:

@@ -53,6 +53,21 @@ class ReportError(Exception):
     """A run cannot be scored; the message names the file, what was found and expected, and what to do."""
 
 
+def read_run_names(given: Sequence[str]) -> dict[str, Path]:
+    """Return the folder of each run by its name, from NAME=FOLDER.
+
+    Raises:
+        ReportError: one is not written so, or a name is given twice.
+    """
+    runs: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder) or name in runs:
+            raise ReportError(f"{text}: expected NAME=FOLDER with a name that no other run has")
+        runs[name] = Path(folder)
+    return runs
+
+
 # --- Scoring a run ------------------------------------------------------------------------------------------
 
 
@@ -109,7 +124,12 @@ def find_scheme(run_dir: Path) -> str:
 
 
 def predicted_classes(run_dir: Path, store: TileStore, tile_id: str) -> np.ndarray:
-    """Return the class decided for each pixel of a tile, (H, W) uint8.
+    """Return the class decided for each pixel of a tile, (H, W) uint8; errors as of `load_probabilities`."""
+    return decide_classes(load_probabilities(run_dir, store, tile_id))
+
+
+def load_probabilities(run_dir: Path, store: TileStore, tile_id: str) -> np.ndarray:
+    """Return the out-of-fold class probabilities of a tile, (4, H, W) float32.
 
     Raises:
         ReportError: the file does not hold finite (4, H, W) numbers of the tile's size.
@@ -123,7 +143,7 @@ def predicted_classes(run_dir: Path, store: TileStore, tile_id: str) -> np.ndarr
             f"{path}: found numbers of shape {probabilities.shape}, {state}; expected finite probabilities "
             f"of shape {expected}. Predict the run's tiles again from this store."
         )
-    return decide_classes(probabilities.astype(np.float32))
+    return probabilities.astype(np.float32)
 
 
 def _require_tiles(run_dir: Path, store: TileStore) -> None:
@@ -177,8 +197,8 @@ def _fold_means(folds: Sequence[dict]) -> dict:
 
 def write_report(
     run_dirs: Mapping[str, Path], store: TileStore, out: str | os.PathLike, commands: Sequence[str] = ()
-) -> None:
-    """Score some runs and compare them in Markdown, with figures beside it.
+) -> dict[str, dict]:
+    """Score some runs, compare them in Markdown with figures beside it, and return their scores by name.
 
     Writes `out`, `<stem>_confusion.png` and `<stem>_tiles.png` in its folder, and in each run's folder
     scores.json and strips/ with images of a few tiles: real tiles may be seen in those, so they stay out of
@@ -202,6 +222,7 @@ def write_report(
     out.write_text(_markdown(runs, out.stem, commands), encoding="utf-8")
     for name, run_dir in run_dirs.items():
         write_strips(Path(run_dir), store, telling_tiles(runs[name]))
+    return runs
 
 
 def _markdown(runs: Mapping[str, dict], stem: str, commands: Sequence[str]) -> str:
