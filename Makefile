@@ -63,8 +63,8 @@ prep: setup ## DATA (Band1 ... Band5 and labels) to the tile store STORE with it
 	@if [ -f $(STORE)/store.json ]; then echo "$(STORE) is there already (remove it to make it again)"; \
 	else $(PY) -m prep competition --data $(DATA) --out $(STORE); fi
 
-fit: prep ## train the five folds of SCHEME as CONFIG says; continues where it was interrupted
-	$(PY) -m train fit --config $(CONFIG) --run $(RUN) data.store=$(STORE) data.scheme=$(SCHEME) $(FINETUNE) $(SET)
+fit: prep ## train the five folds of SCHEME as CONFIG says, JOBS at once; continues where it was interrupted
+	$(PY) -m train fit --config $(CONFIG) --run $(RUN) $(if $(JOBS),--jobs $(JOBS)) data.store=$(STORE) data.scheme=$(SCHEME) $(FINETUNE) $(SET)
 
 evaluate: fit ## predict and score each tile with the fold that never saw it
 	$(PY) -m train evaluate --run $(RUN) --store $(STORE)

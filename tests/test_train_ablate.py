@@ -270,9 +270,9 @@ def test_only_what_is_missing_is_run_again(done, monkeypatch):
     (root / "run" / "plain" / "seed0" / "oof" / "002.npy").unlink()
     started = []
 
-    def start(task, original=ablate.start):
+    def start(task, slot, original=ablate.start):
         started.append((task.trial.name, task.fold))
-        return original(task)
+        return original(task, slot)
 
     monkeypatch.setattr(ablate, "start", start)
     assert main(arguments) == 0

@@ -102,7 +102,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     masks.add_argument("--json", type=Path, help="file for all figures")
 
 
-def add_store_argument(parser: argparse.ArgumentParser) -> None:
+def add_store_argument(parser: argparse._ActionsContainer) -> None:
     """Add --store."""
     parser.add_argument("--store", type=Path, default=Path("data/competition"), help="default: %(default)s")
 
@@ -223,24 +223,61 @@ def run_pareto(arguments: argparse.Namespace) -> int:
 
 def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pack`."""
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run with finished folds")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        required=True,
+        action="append",
+        help="folder of a run with finished folds; several, of any kinds, are weighed against each other",
+    )
     parser.add_argument(
         "--calibration", type=Path, help="JSON file of `calibrate`; default: no optional step"
     )
     parser.add_argument(
         "--passes",
         type=Path,
-        help="JSON file of `pareto`; default: every network's first view, then the second",
+        help="JSON file of `pareto`, for a single run; default: every network's first view, then the second",
     )
     parser.add_argument("--out", type=Path, default=Path("weights/model.pth"), help="default: %(default)s")
+    mixture = parser.add_argument_group("several runs, or a budget")
+    mixture.add_argument("--max-mb", type=float, help="most megabytes of the file (default: 300)")
+    mixture.add_argument("--max-gmac", type=float, help="most 10^9 multiply-adds a tile (default: 160)")
+    add_store_argument(mixture)
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
-    """Pack the folds into one model.pth and write its card."""
+    """Pack the folds of one run, or of several under a budget, into one model.pth and write its card."""
+    alone = len(arguments.run) == 1 and arguments.max_mb is None and arguments.max_gmac is None
+    return pack_run(arguments) if alone else pack_runs(arguments)
+
+
+def pack_run(arguments: argparse.Namespace) -> int:
+    """Pack all folds of one run."""
     from train.package import pack
 
-    out = pack(arguments.run, arguments.calibration, arguments.out, arguments.passes)
+    out = pack(arguments.run[0], arguments.calibration, arguments.out, arguments.passes)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def pack_runs(arguments: argparse.Namespace) -> int:
+    """Choose and weigh the passes of some runs under a budget, and pack their networks."""
+    from prep.store import TileStore
+    from solution import InputError, usable_cores
+    from train.mixture import Budget, mixture_table, pack_mixture
+
+    if arguments.passes:
+        raise InputError("--passes: an order for a single run; several runs, or a budget, find their own")
+    given = {"size": (arguments.max_mb or 0) * 1e6, "gmac": arguments.max_gmac}
+    budget = Budget(**{name: value for name, value in given.items() if value})
+    store, cores = TileStore(arguments.store), usable_cores()
+    fitted = pack_mixture(arguments.run, store, arguments.calibration, arguments.out, budget, cores)
+    print(mixture_table(fitted))
+    print(
+        f"score with choices of each fold made on the others {fitted.nested:.4f}, {fitted.gain:+.4f} ± "
+        f"{fitted.error:.4f} beside the best run\n{arguments.out}: "
+        f"{arguments.out.stat().st_size / 1e6:.1f} MB, {fitted.plan.gmac:.1f} GMAC a tile"
+    )
     return 0
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
@@ -22,10 +20,10 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Seque
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
 from prep.store import TileStore
 from solution import VIEWS, usable_cores
+from train import side_by_side
 from train.config import (
     Config,
     ConfigError,
@@ -55,8 +53,8 @@ from train.fit import (
 )
 from train.metrics import TileCounts, count_tile, score_tiles
 from train.report import RUN_FILE, find_scheme, predicted_classes
+from train.side_by_side import Work
 
-PROJECT = Path(__file__).resolve().parents[1]
 MIN_GAIN = 0.01  # MCC beyond the spread of seeds that an ingredient must bring to be kept
 NONE = "–"  # in a table, where there is nothing to show
 
@@ -292,14 +290,16 @@ def log_of(task: Task) -> Path:
     return task.folder / f"fold{task.fold}.log"
 
 
-def start(task: Task) -> subprocess.Popen:
+def work_of(task: Task) -> Work:
+    """Return the process of a task."""
+    arguments = ["train.ablate", task.folder / CONFIG_FILE, task.folder, task.fold, task.trial.views]
+    name = f"{task.trial.name}, seed {task.seed}, fold {task.fold}"
+    return Work(name, [str(argument) for argument in arguments], log_of(task))
+
+
+def start(task: Task, slot: int) -> subprocess.Popen:
     """Start the process of a task, on one thread, its output in `log_of(task)`."""
-    arguments = [task.folder / CONFIG_FILE, task.folder, task.fold, task.trial.views]
-    command = [sys.executable, "-m", "train.ablate", *map(str, arguments)]
-    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    with open(log_of(task), "a", encoding="utf-8") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return side_by_side.start(work_of(task), slot)
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, finished: Callable[[Task], None]) -> list[Task]:
@@ -307,51 +307,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, finished: Callable[[Task], None]
 
     `finished` is called after each one that did not. On an interruption, the processes are ended.
     """
-    waiting, running, failed = list(tasks), {}, []
-    try:
-        with tqdm(total=len(waiting), unit="fold", file=sys.stderr, disable=not waiting) as bar:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    task = waiting.pop(0)
-                    running[task.folder, task.fold] = task, start(task)
-                for key, (task, process) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[key]
-                    bar.update()
-                    name = f"{task.trial.name}, seed {task.seed}, fold {task.fold}"
-                    bar.write(f"{name}: {'done' if process.returncode == 0 else 'failed'}", file=sys.stderr)
-                    if process.returncode == 0:
-                        finished(task)
-                    else:
-                        failed.append(task)
-                time.sleep(0.1)
-    finally:
-        _end([process for _, process in running.values()])
-    return failed
-
-
-def _end(processes: Sequence[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def explain_failures(failed: Sequence[Task]) -> str:
-    """Return a line for each failed task, with the last line of its log."""
-    lines = []
-    for task in failed:
-        text = log_of(task).read_text(encoding="utf-8", errors="replace").strip()
-        lines.append(f"{log_of(task)}: {text.splitlines()[-1] if text else 'nothing was printed'}")
-    return (
-        f"{len(failed)} folds failed; the same command tries them again, and keeps the others.\n"
-        + "\n".join(lines)
-    )
+    return side_by_side.run_side_by_side(tasks, jobs, start, lambda task: work_of(task).name, finished)
 
 
 # --- Scoring them -------------------------------------------------------------------------------------------
@@ -605,7 +561,7 @@ def ablate(request: Request) -> list[Row]:
         _write(request, rows, folds, scheme, len(store.tile_ids))
     failed = run_tasks(to_do, request.jobs, finished)
     if failed:
-        raise RunError(explain_failures(failed))
+        raise RunError(side_by_side.explain_failures([log_of(task) for task in failed]))
     return list(rows.values())
 
 

@@ -81,13 +81,17 @@ def fit_all(
 
     Raises what `fit_fold` raises.
     """
-    if folds is None:
-        numbers = set(TileStore(config.data.store).fold_of(config.data.scheme).values())
-        folds = sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
+    folds = numbers_of_folds(config) if folds is None else folds
     records = [fit_fold(config, fold, run_dir, recipe=recipe) for fold in folds]
     if is_first_process(config):
         print(format_records(records), flush=True)
     return records
+
+
+def numbers_of_folds(config: Config) -> list[int]:
+    """Return the numbers of all folds of the config's scheme."""
+    numbers = set(TileStore(config.data.store).fold_of(config.data.scheme).values())
+    return sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
 
 
 def fit_fold(

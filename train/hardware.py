@@ -73,7 +73,7 @@ def threads_of(config: Config) -> int:
 
 def is_first_process(config: Config) -> bool:
     """Return whether this is the process that writes files and says something: of a lone run it always is."""
-    return config.trainer.processes == 1 or rank_zero_only.rank == 0
+    return config.trainer.processes == 1 or getattr(rank_zero_only, "rank", 0) == 0
 
 
 def process_number() -> int:
