@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 380, 250  # px of a chart; it shrinks with the screen
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 40  # px around the plot
 ROW = 22  # px of a row of dots
 DOT_WIDTH = 600
+LETTER, LONGEST_NAME = 9, 24  # px of a letter beside a row of dots, where a phone shows it larger; letters
 MARKERS = 4  # shapes of dots, so that colour is not all that tells series apart
 
 
@@ -101,11 +102,11 @@ def line_chart(
 def dot_rows(about: str, rows: Sequence[tuple[str, str | None, Sequence[Dot]]], x_label: str) -> Html:
     """Draw one row of dots for each (name, anchor on the page or None, values)."""
     values = [dot.value for _, _, dots in rows for dot in dots]
-    x_ticks = ticks([*values, 0.0])
+    x_ticks = ticks(values)
     height = ROW * len(rows) + TOP + BOTTOM
-    plot = Plot(
-        (x_ticks[0], x_ticks[-1]), (len(rows) - 0.5, -0.5), 110, DOT_WIDTH - 16, TOP, TOP + ROW * len(rows)
-    )
+    left = 24 + LETTER * min(LONGEST_NAME, max(len(name) for name, _, _ in rows))
+    area = (left, DOT_WIDTH - 16, TOP, TOP + ROW * len(rows))
+    plot = Plot((x_ticks[0], x_ticks[-1]), (len(rows) - 0.5, -0.5), *area)
     content = [_vertical(plot, value) for value in x_ticks]
     content.append(_text(plot.at_x(sum(plot.x) / 2), height - 6, x_label, "middle"))
     for index, (name, anchor, dots) in enumerate(rows):

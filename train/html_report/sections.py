@@ -377,7 +377,7 @@ def calibration_section(content: Mapping) -> Html:
     rows = []
     for step in content["steps"]:
         pairs = [f"{value:.4f}" for pair in zip(step["before"], step["after"]) for value in pair]
-        kept = tag("td", "kept" if step["kept"] else "left out", class_="text")
+        kept = "kept" if step["kept"] else "left out"
         rows.append([step["step"], *pairs, kept, tag("td", step["choice"], class_="text")])
     settings = {key: value for key, value in content.items() if key not in ("runs", "steps")}
     return section(
