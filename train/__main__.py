@@ -192,33 +192,67 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
 def add_pareto_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pareto`."""
     parser.add_argument(
-        "runs", type=Path, nargs="+", help="evaluated runs on different folds; the first is the one to pack"
+        "runs",
+        nargs="+",
+        help="evaluated runs on different folds; the first is the one to pack. Or models to compare, "
+        "NAME=RUN, NAME=RUN:0.7,RUN:0.3 or NAME=<model>_mixture.json, the first of which is the reference",
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file with the order, for `pack`")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON file: of runs with the order for `pack`, of models"
+    )
     parser.add_argument("--baseline", type=Path, help="run of `baseline` on the first run's folds")
     parser.add_argument("--report", type=Path, help="Markdown file for the tables; its plot goes beside it")
     add_store_argument(parser)
 
 
 def run_pareto(arguments: argparse.Namespace) -> int:
+    """Measure score against work: of further networks and views of runs, ordering the passes by it; or of
+    models of any kind side by side."""
+    named = ["=" in run for run in arguments.runs]
+    return compare_models(arguments) if all(named) else order_runs(arguments)
+
+
+def order_runs(arguments: argparse.Namespace) -> int:
     """Measure what further networks and views are worth, and order the passes by it."""
     from prep.store import TileStore
     from solution import usable_cores
     from train import pareto
 
+    folders = [Path(run) for run in arguments.runs]
     store, cores = TileStore(arguments.store), usable_cores()
-    opened = pareto.open_runs(arguments.runs, store)
+    opened = pareto.open_runs(folders, store)
     measured = pareto.measure(opened, store, arguments.baseline, cores)
     pareto.write_order(arguments.out, measured)
     print(pareto.cell_table(measured.cells))
     if arguments.report:
         after = pareto.measure_after_passes(opened, store, measured.views, cores)
-        runs = " ".join(str(run) for run in arguments.runs)
         baseline = f"--baseline {arguments.baseline} " if arguments.baseline else ""
-        files = f"--out {arguments.out} --report {arguments.report}"
-        command = f"python -m train pareto {runs} --store {arguments.store} {baseline}{files}"
-        pareto.write_report(arguments.report, measured, after, [command])
+        pareto.write_report(arguments.report, measured, after, [pareto_command(arguments, baseline)])
     return 0
+
+
+def compare_models(arguments: argparse.Namespace) -> int:
+    """Measure the score of models against their work, with one view to six."""
+    from prep.store import TileStore
+    from solution import InputError, usable_cores
+    from train import frontier
+
+    if arguments.baseline:
+        raise InputError("--baseline: orders the networks of runs; leave it out to compare models")
+    candidates = frontier.read_candidates(arguments.runs)
+    points = frontier.measure_points(candidates, TileStore(arguments.store), usable_cores())
+    frontier.write_points(arguments.out, points, candidates)
+    print(frontier.point_table(points))
+    print(frontier.describe_best(points))
+    if arguments.report:
+        frontier.write_report(arguments.report, points, candidates, pareto_command(arguments, ""))
+    return 0
+
+
+def pareto_command(arguments: argparse.Namespace, baseline: str) -> str:
+    """Return the command line that makes the report."""
+    files = f"--out {arguments.out} --report {arguments.report}"
+    return f"python -m train pareto {' '.join(arguments.runs)} --store {arguments.store} {baseline}{files}"
 
 
 def add_pack_arguments(parser: argparse.ArgumentParser) -> None:

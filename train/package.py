@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
@@ -12,6 +13,7 @@ import torch
 
 from solution import CLASS_NAMES, MODEL_FORMAT, VIEWS, load_model
 from train.calibrate import Settings
+from train.data import ALL_TILES
 from train.evaluate import read_folds
 from train.fit import RunError, write_whole
 from train.networks import COMPARED
@@ -160,7 +162,9 @@ def assemble(records: Sequence[Mapping], calibration: Mapping, order: Order) -> 
         "class_bias": list(calibration["class_bias"]),
         "postprocess": dict(calibration["postprocess"]),
         "provenance": {
-            "tiles": sorted({tile for record in records for tile in record["val_tiles"]}),
+            "tiles": sorted(
+                {t for record in records for t in (*record["val_tiles"], *record.get("train_tiles", ()))}
+            ),
             "scheme": records[0]["scheme"],
             "config": records[0]["config"],
             "calibrated_on": list(calibration["runs"]),
@@ -196,7 +200,24 @@ def pack(run_dir: Path, calibration: Path | None, out: Path, passes: Path | None
         order = Order(every_pass(len(folds), settings["views"]))
     else:
         order = read_order(passes, Path(run_dir).name, folds, settings["views"])
+    scores = run_dir / "scores.json"
     content = assemble(records, settings, order)
+    return write_model(out, content, json.loads(scores.read_text()) if scores.is_file() else None)
+
+
+def write_model(out: Path, content: Mapping, scores: Mapping | None, sections: Sequence[str] = ()) -> Path:
+    """Write `out` and `<stem>_card.md` beside it; both are left as they were where that fails.
+
+    Args:
+        out: the model file.
+        content: what it holds.
+        scores: of the run, for the card, None where it has none.
+        sections: more text for the card.
+
+    Raises:
+        RunError: the file would exceed 300 MB.
+        solution.InputError: the packed file does not load.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def save_checked(path: Path) -> None:
@@ -211,26 +232,38 @@ def pack(run_dir: Path, calibration: Path | None, out: Path, passes: Path | None
         load_model(path)
 
     write_whole(out, save_checked)
-    scores = (
-        json.loads((run_dir / "scores.json").read_text()) if (run_dir / "scores.json").is_file() else None
-    )
     card = out.with_name(f"{out.stem}_card.md")
-    write_whole(card, lambda path: path.write_text(format_card(out, content, scores), encoding="utf-8"))
+    text = format_card(out, content, scores, sections)
+    write_whole(card, lambda path: path.write_text(text, encoding="utf-8"))
     return out
 
 
-def format_card(weights: Path, content: Mapping, scores: Mapping | None) -> str:
+def format_networks(members: Sequence[Mapping]) -> str:
+    """Return which networks there are, and how they are averaged."""
+    kinds = dict.fromkeys(f"{member['arch']['name']}, {member['arch']['args']}" for member in members)
+    equal = len({member["weight"] for member in members}) == 1
+    weighed = "equal weights" if equal else "a weight for each run"
+    return f"{len(members)} networks ({'; '.join(kinds)}), averaged with {weighed}"
+
+
+def fold_name(member: Mapping) -> str:
+    """Return a member's fold for the card, and its run where there are several."""
+    fold = "none held out" if member["fold"] == ALL_TILES else str(member["fold"])
+    return f"{member['run']}: {fold}" if "run" in member else fold
+
+
+def format_card(weights: Path, content: Mapping, scores: Mapping | None, sections: Sequence[str] = ()) -> str:
     """Return the model card: what the file is, what it was made from, how it scores, how to make it again."""
     provenance, members = content["provenance"], content["members"]
     config = provenance["config"]
     steps = "\n".join(f"- {name}: {value}" for name, value in content["postprocess"].items())
     views = len({view for _, view in content["passes"]})
     ordered = "the most useful first (`reports/pareto.md`)" if provenance["ordered_on"] else "in turn"
-    folds = "\n".join(f"| {member['fold']} | {member['val_mcc']:.3f} |" for member in members)
+    folds = "\n".join(f"| {fold_name(member)} | {mcc_or_none(member['val_mcc'])} |" for member in members)
+    further = "".join(f"\n{section}\n" for section in sections)
     return f"""# Model card of {weights.name}
 
-{len(members)} networks ({members[0]["arch"]["name"]}, {members[0]["arch"]["args"]}), one a fold, averaged \
-with equal weights.
+{format_networks(members)}.
 
 - Size: {weights.stat().st_size / 1e6:.1f} MB (float16); SHA-256 `{sha256(weights)}`
 - Trained on: {len(provenance["tiles"])} Landsat-8 tiles ({", ".join(provenance["tiles"])}), each network \
@@ -250,7 +283,7 @@ Binary MCC of each network on its held-out tiles, one view; {format_kept(config)
 {folds}
 
 {format_scores(scores)}
-
+{further}
 ## After the forward passes
 
 {steps}
@@ -266,6 +299,11 @@ Each was decided by out-of-fold MCC (`reports/postprocess.md`).
 - Three tiles tell debris from clean ice, and a network has seen two or three: expect little of debris.
 - One scene, one season, one region. Other regions cost others 0.03 to 0.09 MCC.
 """
+
+
+def mcc_or_none(value: float) -> str:
+    """Return an MCC with three digits; – for NaN, of a network that holds out no tile."""
+    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def format_start(config: Mapping) -> str:

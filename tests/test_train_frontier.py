@@ -1,0 +1,108 @@
+"""Score against work of models of different kinds: what is scored, what it costs, what is best."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import TINY_ARCH
+from test_train_mixture import OTHER_ARCH, write_run
+from train_helpers import make_store
+
+from prep.store import TileStore
+from solution import decide_classes
+from train import frontier
+from train.__main__ import main
+from train.calibrate import score
+from train.fit import RunError
+from train.frontier import Candidate, Point
+from train.metrics import count_tile
+from train.pareto import Scores, count_gmac
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
+    return TileStore(make_store(tmp_path_factory.mktemp("frontier") / "store"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, store: TileStore) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        write_run(root / "teacher", store, TINY_ARCH, np.s_[10:20], 0.55, seed=0),
+        write_run(root / "student", store, OTHER_ARCH, np.s_[30:42], 0.6, seed=2),
+    ]
+
+
+def point(model: str, gmac: float, objective: float, size: int = 10) -> Point:
+    return Point(model, 1, 1, gmac, 1.0, size, Scores(objective, objective, None), 0.0, 0.0, False)
+
+
+def test_models_are_read_from_names_weights_and_mixtures(tmp_path: Path) -> None:
+    mixture = tmp_path / "model_mixture.json"
+    mixture.write_text(json.dumps({"folders": ["runs/a", "runs/b", "runs/c"], "weights": [0.25, 0, 0.75]}))
+    found = frontier.read_candidates(["one=runs/a", "two=runs/a:0.7,runs/b:0.3", f"mixed={mixture}"])
+    assert found == [
+        Candidate("one", (Path("runs/a"),), (1.0,)),
+        Candidate("two", (Path("runs/a"), Path("runs/b")), (0.7, 0.3)),
+        Candidate("mixed", (Path("runs/a"), Path("runs/c")), (0.25, 0.75)),
+    ]
+
+
+@pytest.mark.parametrize("named", [["runs/a"], ["=runs/a"], ["a="], ["a=runs/a", "a=runs/b"]])
+def test_models_without_a_name_of_their_own_are_refused(named: list[str]) -> None:
+    with pytest.raises(RunError, match="models: "):
+        frontier.read_candidates(named)
+
+
+def test_a_table_a_plot_and_a_file_of_all_models(runs: list[Path], store: TileStore, tmp_path: Path) -> None:
+    teacher, student = runs
+    models = [f"teacher={teacher}", f"student={student}", f"both={teacher}:0.25,{student}:0.75"]
+    out, report = tmp_path / "frontier.json", tmp_path / "frontier.md"
+    files = ["--store", str(store.folder), "--out", str(out), "--report", str(report)]
+    assert main(["pareto", *models, *files]) == 0
+    points = json.loads(out.read_text())["points"]
+    assert [(p["model"], p["views"]) for p in points] == [
+        (name, views) for name in ("teacher", "student", "both") for views in range(1, 7)
+    ]
+    by_place = {(p["model"], p["views"]): p for p in points}
+    work = {"teacher": count_gmac(TINY_ARCH), "student": count_gmac(OTHER_ARCH)}
+    for name, gmac in {**work, "both": sum(work.values())}.items():
+        assert by_place[name, 4]["gmac"] == pytest.approx(4 * gmac)
+    assert by_place["both", 2]["seconds"] == pytest.approx(
+        by_place["teacher", 2]["seconds"] + by_place["student", 2]["seconds"]
+    )
+    assert by_place["teacher", 6]["difference"] == 0
+    assert by_place["both", 6]["scores"]["objective"] == pytest.approx(mixed_score(runs, store), abs=2e-3)
+    text = report.read_text()
+    assert f"python -m train pareto teacher={teacher}" in text
+    assert "| student | 1 | 3 |" in text and "The best under 160 GMAC" in text
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def mixed_score(runs: list[Path], store: TileStore) -> float:
+    """Return the objective of both runs, weighed 1 to 3, from their files."""
+    tiles = []
+    for row in store.tiles:
+        teacher, student = (
+            np.load(run / "passes" / f"{row.tile_id}.npy").astype(np.float64).mean(axis=0) for run in runs
+        )
+        classes = decide_classes(0.25 * teacher + 0.75 * student)
+        tiles.append(count_tile(row.tile_id, 0, row.labels, store.mask(row.tile_id), classes))
+    return score(tiles)
+
+
+def test_front_and_the_best_within_limits() -> None:
+    points = [point("a", 10, 0.5), point("b", 10, 0.6), point("c", 20, 0.6), point("d", 200, 0.7)]
+    assert [frontier.is_on_front(one, points) for one in points] == [False, True, False, True]
+    assert frontier.best_within(points, 160, 100).model == "b"
+    assert frontier.best_within(points, 160, 5) is None
+    assert frontier.describe_best([points[3]]).startswith("Nothing here stays under 160 GMAC")
+
+
+def test_plot_has_a_line_for_each_model() -> None:
+    points = [point(name, gmac, 0.5) for name in ("a", "b") for gmac in (1.0, 2.0)]
+    axis = frontier.draw_points(points).axes[0]
+    named = [line.get_label() for line in axis.lines]
+    assert {"a", "b", "most known to pass the platform"} <= set(named)
+    assert "GMAC" in axis.get_xlabel() and "MCC" in axis.get_ylabel()
