@@ -88,7 +88,12 @@ NODATA_REACH = 32  # px, further away the distance to nodata is the same
 LEAST_REFLECTANCE = 0.01  # sum of two bands below which their quotient is no feature of a pixel
 STATISTICS_WINDOWS = (3, 9, 17, 33, 65)  # px, sides of the windows of local statistics: 90 m to 2 km
 PIXEL_FEATURES = len(BANDS) + 2 + len(STATISTICS_WINDOWS) * (1 + 3 * len(BANDS))
-PIXELS_AT_ONCE = 16384  # a table of places and what goes with it stay in a core's cache
+SLOPE_WINDOWS = (9, 17, 33)  # px, of local means whose differences to both sides tell which way a slope faces
+SLOPE_BANDS = (2, 3, 4)  # red, SWIR-1, thermal
+SLOPE_FEATURES = 2 * len(SLOPE_WINDOWS) * len(SLOPE_BANDS)
+MOST_DEVIATIONS = 6.0  # a feature further from its mean counts as so far
+ROWS_AT_ONCE = 64  # of a tile, whose features go through the layers of PixelNet together
+PIXELS_AT_ONCE = 32768  # their places among the thresholds stay in the cache
 FLOAT32_BIAS, FLOAT32_FRACTION = 127, 23  # 2^n has the exponent n + 127, behind 23 bits of fraction
 GLACIER_GROUP = (1, 2)  # glacier of either kind, which the labels know best,
 REST_GROUP = (0, 3)  # and what is none
@@ -769,9 +774,10 @@ def local_statistics(band: np.ndarray, window: int) -> Tuple[np.ndarray, np.ndar
         Two (H, W) float32 arrays in the band's unit, over the values that are there; NaN where there is none.
     """
     present = ~np.isnan(band)
-    # Squares of centred values stay small: the difference of squares below does not cancel.
+    # Squares of centred values stay small: the difference of squares below does not cancel. Float64 is asked
+    # for, since NumPy 1 and 2 disagree about the type of a float32 array less a float64 number.
     centre = band[present].mean(dtype=np.float64) if present.any() else 0.0
-    values = np.where(present, band - centre, 0.0).astype(np.float64)
+    values = np.where(present, band.astype(np.float64) - centre, 0.0)
     count = box_sum(present, window)
     count[count < 0.5] = np.nan  # running sums may leave a residue where there is nothing
     mean = box_sum(values, window) / count
@@ -807,6 +813,77 @@ def pixel_features(image: np.ndarray) -> Iterator[np.ndarray]:
         for band in bands:
             mean, deviation = local_statistics(band, window)
             yield from (mean, deviation, band - mean)
+
+
+def slope_features(image: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the SLOPE_FEATURES differences of local means north and south, west and east of every pixel.
+
+    Each is (H, W) float32, NaN where one of the two is nodata or outside. What light and temperature do
+    across a slope tells its aspect, and glaciers keep to those that face away from the sun.
+
+    Args:
+        image: (H, W, 5), reflectance and kelvin, NaN where nodata.
+    """
+    height, width = image.shape[:2]
+    for window in SLOPE_WINDOWS:
+        reach = window // 2 + 1
+        for band in SLOPE_BANDS:
+            mean = np.pad(
+                local_statistics(np.ascontiguousarray(image[..., band]), window)[0],
+                reach,
+                constant_values=np.nan,
+            )
+            rows, cols = slice(reach, reach + height), slice(reach, reach + width)
+            yield mean[:height, cols] - mean[2 * reach :, cols]
+            yield mean[rows, :width] - mean[rows, 2 * reach :]
+
+
+class PixelNet(nn.Module):
+    """A small network on each pixel's features, in full resolution, beside those that see shapes.
+
+    Unlike theirs, its answers depend on where north is: it is trained and asked in one view only. Inputs are
+    physical units (a normalisation of mean 0 and deviation 1), with 0 where nodata.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        encoder_weights: None,
+        hidden: Sequence[int] = (128, 64),
+        dropout: float = 0.2,
+    ) -> None:
+        """Make the layers with random weights; the first three sizes are as for any network."""
+        super().__init__()
+        features = PIXEL_FEATURES + SLOPE_FEATURES
+        self.register_buffer("running_mean", torch.zeros(features))  # by this name stored in full precision
+        self.register_buffer("running_std", torch.ones(features))
+        layers: List[nn.Module] = []
+        for before, after in zip([features, *hidden], hidden):
+            layers += [nn.Conv2d(before, after, 1), nn.BatchNorm2d(after), nn.ReLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(hidden[-1], classes, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, 4, H, W) of bands (B, 5, H, W) in physical units, 0 where nodata."""
+        return torch.stack([self.of_image(self.features(to_array(image))) for image in x.cpu()]).to(x.device)
+
+    @staticmethod
+    def features(bands: np.ndarray) -> np.ndarray:
+        """Return the features (F, H, W) float32 of bands (5, H, W), NaN where a pixel has no value."""
+        image = np.where(bands == 0, np.float32(np.nan), bands).transpose(1, 2, 0)
+        return np.stack([*pixel_features(image), *slope_features(image)])
+
+    def of_image(self, features: np.ndarray) -> torch.Tensor:
+        """Return logits (4, H, W) of an image's features (F, H, W), a few rows at a time."""
+        starts = range(0, features.shape[1], ROWS_AT_ONCE)
+        parts = [to_tensor(features[:, start : start + ROWS_AT_ONCE]) for start in starts]
+        device = self.running_mean.device
+        return torch.cat([self.layers(self.standardise(part[None].to(device)))[0] for part in parts], dim=1)
+
+    def standardise(self, features: torch.Tensor) -> torch.Tensor:
+        """Return features (N, F, H, W) in standard deviations from their means, 0 where there is no value."""
+        mean, std = (stored[:, None, None] for stored in (self.running_mean, self.running_std))
+        return ((features - mean) / std).nan_to_num(nan=0.0).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
 
 
 class TreeTables(NamedTuple):
@@ -931,6 +1008,7 @@ NETWORKS: Dict[str, Callable[..., nn.Module]] = {
     "DeepLabV3Plus": smp.DeepLabV3Plus,
     "GlaViTU": GlaViTU,
     "BoostedTrees": BoostedTrees,
+    "PixelNet": PixelNet,
 }
 
 

@@ -1,0 +1,217 @@
+"""Fits `solution.PixelNet`: a small network on features of single pixels, in seconds a fold on one core.
+
+Every training tile gives as many pixels, drawn at random among those with a label. The loss is the
+cross-entropy of the set that a label allows, so glacier of unknown kind asks for either kind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterable, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from prep.labels import CODE_CLASSES, IGNORE
+from prep.store import TileStore
+from solution import BANDS, CLASS_NAMES, PixelNet, prepare_torch, valid_mask
+from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
+from train.data import as_clean, split_tiles
+from train.evaluate import as_member, predict_views
+from train.fit import FOLD_FILE, FOLD_FORMAT, versions, write_whole
+from train.report import OOF_FOLDER, RUN_FILE, score_run
+from train.transfer import input_identity
+
+UNCHANGED = {"mean": [0.0] * len(BANDS), "std": [1.0] * len(BANDS)}  # features are of physical units
+LEAST_STD = 1e-6  # of a feature that is the same everywhere
+
+
+@dataclass
+class PixelConfig:
+    """The content of train/configs/pixels.yaml."""
+
+    store: str = "data/competition"
+    scheme: str = "stratified"
+    pixels_per_tile: int = 20_000
+    unsplit_glacier: str = "set"  # as data.unsplit_glacier of train.config
+    hidden: list[int] = field(default_factory=lambda: [128, 64])  # channels of the layers
+    dropout: float = 0.2
+    epochs: int = 8
+    batch_size: int = 1024
+    lr: float = 2e-3  # of AdamW, falls to 0 along a cosine
+    weight_decay: float = 0.02
+    noise: float = 0.05  # every feature of a batch is multiplied by 1 + this many standard normal numbers
+    seed: int = 0
+
+
+class Pixels(NamedTuple):
+    """Features (N, F) float32, NaN without a value, and label codes (N,) uint8."""
+
+    features: np.ndarray
+    codes: np.ndarray
+
+
+def load_pixel_config(path: Path | None, overrides: Sequence[str] = ()) -> PixelConfig:
+    """Return the defaults, changed by a YAML file, changed by overrides such as "epochs=4".
+
+    Raises ConfigError for a missing file, an unknown key, or a value of the wrong type.
+    """
+    tree = OmegaConf.structured(PixelConfig)
+    try:
+        if path is not None:
+            if not path.is_file():
+                raise ConfigError(f"config {path} does not exist; see train/configs/pixels.yaml")
+            tree = OmegaConf.merge(tree, OmegaConf.load(path))
+        config = OmegaConf.to_object(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))))
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise ConfigError(f"{path}, {', '.join(overrides)}: {error.full_key}: {reason}") from error
+    if config.unsplit_glacier not in ("set", "clean"):
+        raise ConfigError(f"unsplit_glacier is {config.unsplit_glacier!r}, expected set or clean")
+    if min(config.pixels_per_tile, config.epochs, config.batch_size, *config.hidden) < 1:
+        raise ConfigError("pixels_per_tile, epochs, batch_size and hidden: expected 1 or more")
+    return config
+
+
+def draw_pixels(image: np.ndarray, codes: np.ndarray, count: int, rng: np.random.Generator) -> Pixels:
+    """Return up to `count` labelled pixels of a tile.
+
+    Args:
+        image: (H, W, 5) physical units, NaN where nodata.
+        codes: (H, W) uint8 label codes, IGNORE where there is none.
+        count: how many.
+        rng: draws them.
+    """
+    labelled = np.flatnonzero((codes != IGNORE) & valid_mask(image))
+    drawn = np.sort(rng.choice(labelled, min(count, labelled.size), replace=False))
+    features = PixelNet.features(np.nan_to_num(image.transpose(2, 0, 1), nan=0.0))
+    return Pixels(features.reshape(len(features), -1)[:, drawn].T.copy(), codes.ravel()[drawn])
+
+
+def draw_store(store: TileStore, config: PixelConfig) -> dict[str, Pixels]:
+    """Return pixels of every tile; those of a tile do not depend on the folds."""
+    drawn = {}
+    for index, tile in enumerate(store.tile_ids):
+        codes = store.mask(tile)
+        codes = as_clean(codes) if config.unsplit_glacier == "clean" else codes
+        rng = np.random.default_rng([config.seed, index])
+        drawn[tile] = draw_pixels(store.image(tile), codes, config.pixels_per_tile, rng)
+    return drawn
+
+
+def allowed_classes(codes: np.ndarray) -> Tensor:
+    """Return (N, 4) float32: 1 for every class that a label code (N,) allows."""
+    table = np.zeros((256, len(CLASS_NAMES)), np.float32)
+    for code, classes in CODE_CLASSES.items():
+        table[code, list(classes)] = 1
+    return torch.from_numpy(table[codes])
+
+
+def set_cross_entropy(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Return the mean of -log of the probability (N, 4) that lies within the allowed sets (N, 4)."""
+    inside = logits.masked_fill(allowed == 0, -math.inf)
+    return (logits.logsumexp(dim=1) - inside.logsumexp(dim=1)).mean()
+
+
+def fit_network(tiles: Iterable[Pixels], config: PixelConfig) -> PixelNet:
+    """Return a network fitted to pixels, in evaluation mode."""
+    tiles = list(tiles)
+    features = np.concatenate([tile.features for tile in tiles])
+    allowed = allowed_classes(np.concatenate([tile.codes for tile in tiles]))
+    torch.manual_seed(config.seed)
+    network = PixelNet(len(BANDS), len(CLASS_NAMES), None, config.hidden, config.dropout)
+    network.running_mean.copy_(torch.from_numpy(np.nanmean(features, axis=0, dtype=np.float64)))
+    deviation = np.nanstd(features, axis=0, dtype=np.float64)
+    network.running_std.copy_(torch.from_numpy(np.maximum(deviation, LEAST_STD)))
+    inputs = network.standardise(torch.from_numpy(features)[..., None, None])
+    steps = max(1, config.epochs * len(inputs) // config.batch_size)
+    optimizer = torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    network.train()
+    for _ in range(steps):
+        batch = torch.randint(len(inputs), (min(config.batch_size, len(inputs)),))
+        noise = 1 + config.noise * torch.randn(inputs.shape[1:])
+        loss = set_cross_entropy(network.layers(inputs[batch] * noise)[..., 0, 0], allowed[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+def fit_run(config: PixelConfig, run_dir: Path, threads: int) -> dict:
+    """Fit every fold of the scheme, write `fold<k>/fold.pt` and the out-of-fold predictions; return scores.
+
+    Raises `prep.store.StoreError` where the store is incomplete or has no such scheme.
+    """
+    prepare_torch(threads)
+    store = TileStore(config.store)
+    folds = sorted({fold for fold in store.fold_of(config.scheme).values() if fold >= 0})
+    (run_dir / OOF_FOLDER).mkdir(parents=True, exist_ok=True)
+    about = {"model": "PixelNet", "scheme": config.scheme, "seed": config.seed}
+    (run_dir / RUN_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    drawn = draw_store(store, config)
+    records = []
+    for fold in folds:
+        started = time.monotonic()
+        train, val = split_tiles(store, config.scheme, fold)
+        network = fit_network([drawn[tile] for tile in train], config)
+        seconds = time.monotonic() - started
+        record = {**fold_record(config, fold, network, train, val), "seconds": seconds}
+        member = as_member(record)
+        for tile in val:
+            np.save(
+                run_dir / OOF_FOLDER / f"{tile}.npy", predict_views(member, store.image(tile), views=1)[0]
+            )
+        print(f"PixelNet, {config.scheme} fold {fold}: {len(train)} tiles, {seconds:.0f} s", flush=True)
+        records.append(record)
+    scores = score_run(run_dir, store)
+    for record in records:
+        save_record(run_dir, record, scores["folds"][str(record["fold"])]["valid_pixels"])
+    return scores
+
+
+def fold_record(
+    config: PixelConfig, fold: int, network: PixelNet, train: Sequence[str], val: Sequence[str]
+) -> dict:
+    """Return the content of a fold's `fold.pt` but for its scores, as `train.fit` writes it."""
+    args = {"hidden": list(config.hidden), "dropout": config.dropout}
+    general = Config(
+        data=DataConfig(store=config.store, scheme=config.scheme, unsplit_glacier=config.unsplit_glacier),
+        model=ModelConfig(name="PixelNet", args=args),
+        train=TrainConfig(epochs=config.epochs, early_stop=0, keep="last", seed=config.seed),
+    )
+    return {
+        "format": FOLD_FORMAT,
+        "arch": {"name": "PixelNet", "args": args},
+        **input_identity(),
+        "epoch": config.epochs,
+        "epochs": config.epochs,
+        "fold": fold,
+        "scheme": config.scheme,
+        "scaling": "statistics",
+        "views": 1,
+        "train_tiles": list(train),
+        "val_tiles": list(val),
+        "normalization": UNCHANGED,
+        "config": {**to_dict(general), "pixels": OmegaConf.to_container(OmegaConf.structured(config))},
+        "versions": versions(),
+        "state_dict": dict(network.state_dict()),
+    }
+
+
+def save_record(run_dir: Path, record: dict, scores: dict) -> None:
+    """Write a fold's record with its scores over valid pixels."""
+    names = {"val_mcc": "binary", "val_mcc4": "four_class"}
+    found = {name: scores[task]["mcc"] if scores[task] else math.nan for name, task in names.items()}
+    folder = run_dir / f"fold{record['fold']}"
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / FOLD_FILE, lambda path: torch.save({**record, **found}, path))
