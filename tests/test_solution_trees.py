@@ -18,6 +18,7 @@ from train import baseline
 from train.__main__ import main
 from train.evaluate import as_member, load_passes, predict_run, read_folds
 from train.package import pack, to_half
+from train.pareto import count_gmac
 
 SETTINGS = {
     "max_iter": 40,
@@ -265,3 +266,14 @@ def test_a_run_into_the_same_folder_leaves_no_fold_of_the_last_one(tmp_path, mon
     baseline.run_baseline(store, "stratified", tmp_path / "run", threads=1)
     assert not old.exists()
     assert as_member(read_folds(tmp_path / "run")[0]).network.trees[0] == 2
+
+
+def test_the_work_of_trees_grows_with_their_number_and_the_card_names_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(baseline, "BOOSTING", {**baseline.BOOSTING, "max_iter": 2, "min_samples_leaf": 20})
+    store = make_store(tmp_path / "store", tiles=4, folds=2, size=64)
+    baseline.run_baseline(store, "stratified", tmp_path / "run", threads=1)
+    pack(tmp_path / "run", None, tmp_path / "model.pth")
+    assert "Steps: [2, 2, 2] trees" in (tmp_path / "model_card.md").read_text()
+    work = [count_gmac({"name": "BoostedTrees", "args": {"trees": [count] * 3}}) for count in (0, 100, 200)]
+    assert work[0] == 0
+    assert work[2] == 2 * work[1] > 0

@@ -248,7 +248,7 @@ def fold_record(store: TileStore, scheme: str, fold: int, network: BoostedTrees,
     config = Config(
         data=DataConfig(store=str(store.folder), scheme=scheme),
         model=ModelConfig(name="BoostedTrees", args=args),
-        train=TrainConfig(seed=seed),
+        train=TrainConfig(seed=seed, keep="last"),  # no tile of the fold chose anything
     )
     return {
         "format": FOLD_FORMAT,

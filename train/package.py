@@ -268,9 +268,7 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None, section
 - Size: {weights.stat().st_size / 1e6:.1f} MB (float16); SHA-256 `{sha256(weights)}`
 - Trained on: {len(provenance["tiles"])} Landsat-8 tiles ({", ".join(provenance["tiles"])}), each network \
 without the tiles of its fold ({provenance["scheme"]} folds)
-- Steps: {config["train"]["epochs"]} epochs of {config["data"]["steps_per_epoch"]} steps of \
-{config["data"]["batch_size"]} crops of {config["data"]["crop"]} px, from \
-{format_start(config)}; {format_kept(config)}
+- Steps: {format_steps(config)}
 - Made with: {", ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
 - Command: `make train-all DATA=<folder with Band1 ... Band5 and the labels>`
 
@@ -304,6 +302,17 @@ Each was decided by out-of-fold MCC (`reports/postprocess.md`).
 def mcc_or_none(value: float) -> str:
     """Return an MCC with three digits; – for NaN, of a network that holds out no tile."""
     return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def format_steps(config: Mapping) -> str:
+    """Return how long the networks were trained, on what, and from which first weights."""
+    if config["model"]["name"] == "BoostedTrees":
+        return f"{config['model']['args']['trees']} trees for the questions of train/baseline.py"
+    data = config["data"]
+    return (
+        f"{config['train']['epochs']} epochs of {data['steps_per_epoch']} steps of {data['batch_size']} "
+        f"crops of {data['crop']} px, from {format_start(config)}; {format_kept(config)}"
+    )
 
 
 def format_start(config: Mapping) -> str:
