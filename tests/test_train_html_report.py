@@ -244,7 +244,7 @@ def test_headline_and_folds_are_those_of_the_pixels(kit, page, store):
         four = matthews_corrcoef(*codes_and_classes(kit, store, run, certain))
         assert rows[name][:3] == ["stratified", signed(pooled[name]), signed(four)]
     gain = f"{pooled[NAME] - pooled['baseline']:+.3f}".replace("-", "−")
-    assert rows[NAME][-1] == gain and rows["baseline"][-1] == "–"
+    assert rows[NAME][-1] == f"{gain} baseline" and rows["baseline"][-1] == "–"
     assert [card["text"] for card in page.find("p", class_="big")] == [signed(pooled[NAME])]
     for name, *cells in page.table("Glacier of either kind by fold")[1:]:
         members = [[tile for tile in folds if folds[tile] == fold] for fold in (0, 1)]
@@ -403,6 +403,15 @@ def test_one_run_without_history_or_later_steps_is_enough(kit):
     assert main([*words, "--html", str(out)]) == 0
     page = Page(out.read_text(encoding="utf-8"))
     assert not page.wrong and not page.find("section", id="learning") and page.find("section", id="tiles")
+
+
+def test_any_run_can_be_what_others_are_compared_with(kit, store):
+    out, runs = kit / "against.html", [f"a={kit / 'run'}", f"b={kit / 'run'}"]
+    words = ["report", *runs, "--store", str(kit / "store"), "--out", str(kit / "two.md"), "--html", str(out)]
+    assert main([*words, "--against", "b"]) == 0
+    rows = Page(out.read_text(encoding="utf-8")).table("Out-of-fold Matthews correlation")[1:]
+    assert [row[-1] for row in rows] == ["+0.000 b", "–"]
+    assert main([*words, "--against", "c"]) == 2
 
 
 def test_files_that_cannot_be_read_are_named(kit, tmp_path, capsys):

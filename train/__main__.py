@@ -327,6 +327,13 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", type=Path, help="a page with pictures of all tiles, e.g. reports/index.html"
     )
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="compare the other runs with this one on that page; default: with those of `baseline`",
+    )
     parser.add_argument("--calibration", type=Path, help="JSON file of `calibrate` to show on that page")
     parser.add_argument("--passes", type=Path, help="JSON file of `pareto` to show on that page")
     add_store_argument(parser)
@@ -342,7 +349,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     scores = write_report(runs, store, arguments.out, arguments.made_with)
     print(f"{arguments.out} written")
     if arguments.html:
-        shown = (arguments.made_with, arguments.calibration, arguments.passes)
+        shown = (arguments.made_with, arguments.calibration, arguments.passes, arguments.against)
         page = write_page(runs, scores, store, arguments.html, *shown)
         print(f"{page} written, {page.stat().st_size / 1e6:.1f} MB")
     return 0
@@ -409,6 +416,31 @@ def run_bench(arguments: argparse.Namespace) -> int:
     command += " --quick" if arguments.quick else ""
     given = (arguments.data, arguments.tiles, arguments.weights, arguments.out, arguments.quick)
     return 0 if bench(*given, command).agreement >= AGREEMENT_AIM else 1
+
+
+def add_bench_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `bench-train`."""
+    parser.add_argument(
+        "--config", type=Path, default=Path("train/configs/imagenet.yaml"), help="default: %(default)s"
+    )
+    parser.add_argument("--store", type=Path, help="tile store; default: synthetic scenes")
+    parser.add_argument("--steps", type=int, default=12, help="of each round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("reports/bench_train.md"), help="default: %(default)s"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.threads=1")
+
+
+def run_bench_train(arguments: argparse.Namespace) -> int:
+    """Time the training loop against bare steps of its network on crops in memory."""
+    from train.bench_train import bench_train
+    from train.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    command = " ".join(["python -m train bench-train", *arguments.overrides])
+    bench_train(config, arguments.store, arguments.out, arguments.steps, arguments.rounds, command)
+    return 0
 
 
 def add_crf_arguments(parser: argparse.ArgumentParser) -> None:
@@ -539,6 +571,7 @@ COMMANDS = {
     "export": Command("masks as GeoTIFF and polygons for QGIS", add_export_arguments, run_export),
     "check": Command("would the submission be accepted?", add_check_arguments, run_check),
     "bench": Command("time solution.py, and where it goes", add_bench_arguments, run_bench),
+    "bench-train": Command("time training against its network", add_bench_train_arguments, run_bench_train),
     "crf": Command("the CRF on PyTorch beside pydensecrf", add_crf_arguments, run_crf),
     "grader-check": Command("the same masks in the grader's Python?", add_grader_arguments, run_grader_check),
     "submission": Command("check, then zip the submission", add_submission_arguments, run_submission),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Mapping, NamedTuple, Sequence
+from typing import Collection, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -31,8 +31,8 @@ class History(NamedTuple):
 
 
 class RunEvidence(NamedTuple):
-    """A run beside its scores. `config` and its text `recipe` are None and empty for the baseline, which has
-    `settings` instead."""
+    """A run beside its scores. `config` and its text `recipe` are None and empty for a run of `baseline`, which
+    has `settings` instead. `is_baseline`: others on the same folds are compared with it."""
 
     name: str
     folder: Path
@@ -42,11 +42,7 @@ class RunEvidence(NamedTuple):
     settings: dict
     histories: tuple[History, ...]
     reliability: Reliability
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether the run was made by `python -m train baseline`."""
-        return self.config is None
+    is_baseline: bool
 
 
 class Panels(NamedTuple):
@@ -61,13 +57,17 @@ class Panels(NamedTuple):
 
 
 def gather(
-    run_dirs: Mapping[str, Path], scores: Mapping[str, dict], store: TileStore
+    run_dirs: Mapping[str, Path], scores: Mapping[str, dict], store: TileStore, against: Collection[str] = ()
 ) -> tuple[list[RunEvidence], list[Panels]]:
     """Return what there is on each run and the pictures of each tile; every file is read once.
 
+    `against` names runs that are baselines beside those of `python -m train baseline`.
+
     Raises:
-        ReportError: probabilities or a history are damaged.
+        ReportError: probabilities or a history are damaged, or `against` names no run.
     """
+    if unknown := sorted(set(against) - set(run_dirs)):
+        raise ReportError(f"{', '.join(unknown)}: no such run; expected names of {', '.join(run_dirs)}")
     panels, counts = [], []
     for tile_id in store.tile_ids:
         drawn, counted = draw_tile(list(run_dirs.values()), store, tile_id)
@@ -75,7 +75,7 @@ def gather(
         counts.append(counted)
     pooled = [pool_reliability(tiles) for tiles in zip(*counts)]
     runs = [
-        read_run(name, Path(folder), scores[name], reliability)
+        read_run(name, Path(folder), scores[name], reliability, name in against)
         for (name, folder), reliability in zip(run_dirs.items(), pooled)
     ]
     return runs, panels
@@ -97,8 +97,11 @@ def draw_tile(folders: Sequence[Path], store: TileStore, tile_id: str) -> tuple[
     return Panels(*shared, tuple(predictions), tuple(errors), tuple(outcomes)), counts
 
 
-def read_run(name: str, folder: Path, scores: dict, reliability: Reliability) -> RunEvidence:
-    """Return a run with its recipe and the histories of its folds, where it has any."""
+def read_run(name: str, folder: Path, scores: dict, reliability: Reliability, named: bool) -> RunEvidence:
+    """Return a run with its recipe and the histories of its folds, where it has any.
+
+    `named`: whether it was named as a baseline.
+    """
     configs = sorted(folder.glob(FOLD_CONFIGS))
     config = load_config(configs[0]) if configs else None
     recipe = configs[0].read_text(encoding="utf-8") if configs else ""
@@ -106,7 +109,9 @@ def read_run(name: str, folder: Path, scores: dict, reliability: Reliability) ->
     keep = config.train.keep if config else "last"
     histories = [read_history(path, keep) for path in folder.glob(HISTORIES)]
     ordered = tuple(sorted(histories, key=lambda history: history.fold))
-    return RunEvidence(name, folder, scores, config, recipe, settings, ordered, reliability)
+    return RunEvidence(
+        name, folder, scores, config, recipe, settings, ordered, reliability, named or config is None
+    )
 
 
 def read_history(path: Path, keep: str) -> History:

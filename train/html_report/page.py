@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Collection, Mapping, Sequence
 
 from prep.store import TileStore
 from train.html_report import sections
@@ -24,6 +24,7 @@ def write_page(
     commands: Sequence[str] = (),
     calibration: Path | None = None,
     passes: Path | None = None,
+    against: Collection[str] = (),
 ) -> Path:
     """Write one HTML file that needs no other: scores, curves, calibration, and pictures of every tile.
 
@@ -38,13 +39,14 @@ def write_page(
         commands: what to type to make the runs and this page again.
         calibration: JSON file of `calibrate`, if it is to be shown.
         passes: JSON file of `pareto`, if it is to be shown.
+        against: names of runs that the others are compared with, as they are with those of `baseline`.
 
     Raises:
         ReportError: a run or a file cannot be read.
     """
     steps = read_result(calibration, CALIBRATION_KEYS, "calibrate") if calibration else None
     order = read_result(passes, PASSES_KEYS, "pareto") if passes else None
-    runs, panels = gather(run_dirs, scores, store)
+    runs, panels = gather(run_dirs, scores, store, against)
     parts = {
         "Scores": sections.scores_section(runs, commands),
         "Folds and tiles": sections.folds_section(runs),

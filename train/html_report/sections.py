@@ -43,7 +43,7 @@ def scores_section(runs: Sequence[RunEvidence], commands: Sequence[str]) -> Html
     """Return the headline scores against the baselines, and how each run is made again."""
     shown = [run for run in runs if not run.is_baseline] or runs
     head = ["run", "folds", "glacier of either kind", "four classes"]
-    head += ["either kind, all pixels", "four classes, all pixels", "IoU of glacier", "against the baseline"]
+    head += ["either kind, all pixels", "four classes, all pixels", "IoU of glacier", "against"]
     rows = [_score_row(run, runs) for run in runs]
     return section(
         "scores",
@@ -105,7 +105,7 @@ def _score_row(run: RunEvidence, runs: Sequence[RunEvidence]) -> list[str]:
     pooled = run.scores["pooled"]
     cells = [_number(pooled[pixels][task]["mcc"]) if pooled[pixels][task] else "–" for pixels, task in PLACES]
     iou = pooled["valid_pixels"]["binary"]["iou"][BINARY_NAMES[1]]
-    against = ", ".join(_signed(comparison.gain) for comparison in compare(run, runs))
+    against = ", ".join(f"{_signed(other.gain)} {other.baseline}" for other in compare(run, runs))
     return [run.name, run.scores["scheme"], *cells, _number(iou), against or "–"]
 
 
@@ -233,7 +233,7 @@ def _confusion_table(caption: str, rows: Sequence[str], columns: Sequence[str], 
 
 
 def _heat_cell(count: int, share: float) -> Html:
-    content = (tag("b", f"{100 * share:.1f} %"), tag("small", f"{count:,}"))
+    content = (tag("b", _percent(share)), tag("small", f"{count:,}"))
     return tag("td", *content, style=f"--share:{share:.3f}")
 
 
@@ -514,7 +514,7 @@ def _tile_article(runs: Sequence[RunEvidence], drawn: Panels) -> Html:
     nodata = first["ignored"] / max(1, first["ignored"] + counts.sum())
     folds = ", ".join(dict.fromkeys(str(run.scores["tiles"][tile_id]["fold"]) for run in runs))
     title = tag("h3", f"Tile {tile_id}", tag("span", f"MCC {_mcc(first):.3f}", class_="mcc"))
-    shares = f"glacier {share:.0%} of valid pixels · nodata {nodata:.0%}"
+    shares = f"glacier {_percent(share, 0)} of valid pixels · nodata {_percent(nodata, 0)}"
     about = f"fold {folds} · {shares} · phase-{first['labels'][-1]} labels"
     scores = " ".join(f"{_mcc(run.scores['tiles'][tile_id]):.6f}" for run in runs)
     data = {"data_tile": tile_id, "data_mcc": scores, "data_glacier": f"{share:.6f}"}
@@ -533,8 +533,8 @@ def _facts(run: RunEvidence, drawn: Panels, index: int) -> str:
     labelled = max(1, sum(count for outcome, count in outcomes.items() if outcome != Outcome.NO_LABEL))
     parts = [f"MCC {scores['binary']['mcc']:.3f}"]
     parts += [f"four classes {scores['four_class']['mcc']:.3f}"] if scores["four_class"] else []
-    parts.append(f"missed {outcomes[Outcome.MISSED] / labelled:.1%}")
-    parts.append(f"false {outcomes[Outcome.FALSE_ALARM] / labelled:.1%}")
+    parts.append(f"missed {_percent(outcomes[Outcome.MISSED] / labelled)}")
+    parts.append(f"false {_percent(outcomes[Outcome.FALSE_ALARM] / labelled)}")
     return ", ".join(parts)
 
 
@@ -557,6 +557,10 @@ def _mcc(scores: Mapping) -> float:
 
 def _number(value: float | None) -> str:
     return "–" if value is None or not np.isfinite(value) else f"{value:.3f}".replace("-", "−")
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _signed(value: float) -> str:
