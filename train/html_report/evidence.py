@@ -31,7 +31,7 @@ class History(NamedTuple):
 
 
 class RunEvidence(NamedTuple):
-    """A run beside its scores. `config` and its text `recipe` are None and empty for a run of `baseline`, which
+    """A run beside its scores. `config` and its text `recipe` are None and empty for one of `baseline`, which
     has `settings` instead. `is_baseline`: others on the same folds are compared with it."""
 
     name: str
