@@ -15,6 +15,13 @@ WEIGHTS ?= weights/model.pth
 SET ?=
 SEED ?= 0
 ONLY ?=
+TEACHERS ?= runs/imagenet-$(SCHEME)
+STUDENT ?= runs/student-$(SCHEME)
+RUNS ?=
+MAX_MB ?= 300
+MAX_GMAC ?= 160
+MODELS ?=
+FRONTIER ?= reports/frontier.md
 ABLATIONS ?= train/configs/ablations.yaml
 SEEDS ?= 0,1
 STEPS ?=
@@ -31,7 +38,7 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock | cksum |
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint prep fit evaluate calibrate pareto train-all baseline report ablate predict preview export score check grader-check bench \
+.PHONY: help setup demo test lint prep fit evaluate calibrate pareto train-all distill mix frontier baseline report ablate predict preview export score check grader-check bench \
 	pretrain bench-prep bench-pretrain \
 	submission fuzz reference lock clean
 
@@ -77,6 +84,20 @@ pareto: calibrate ## order the passes by what each is worth out of fold
 
 train-all: pareto ## all of the above, and WEIGHTS from it
 	$(PY) -m train pack --run $(RUN) --calibration $(CALIBRATION) --passes $(PASSES) --out $(WEIGHTS)
+
+distill: setup ## students of the runs TEACHERS, fold by fold, into STUDENT, and their scores; SET= changes the student
+	$(PY) -m train distil --config train/configs/distil.yaml --run $(STUDENT) \
+		$(foreach run,$(TEACHERS),--teacher $(run)) data.store=$(STORE) data.scheme=$(SCHEME) $(SET)
+	$(PY) -m train evaluate --run $(STUDENT) --store $(STORE)
+
+mix: setup ## WEIGHTS of the evaluated runs RUNS, weighed against each other, within MAX_MB and MAX_GMAC
+	@test -n "$(RUNS)" || { echo "make mix RUNS='runs/a runs/b' [MAX_MB=300] [MAX_GMAC=160] [WEIGHTS=...]"; exit 2; }
+	$(PY) -m train pack $(foreach run,$(RUNS),--run $(run)) --store $(STORE) --max-mb $(MAX_MB) --max-gmac $(MAX_GMAC) \
+		$(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION)) --out $(WEIGHTS)
+
+frontier: setup ## score against work of MODELS='teacher=runs/a student=runs/b both=runs/a,runs/b': reports/frontier.md
+	@test -n "$(MODELS)" || { echo "make frontier MODELS='teacher=runs/a student=runs/b both=runs/a,runs/b'"; exit 2; }
+	$(PY) -m train pareto $(MODELS) --store $(STORE) --out $(FRONTIER:.md=.json) --report $(FRONTIER)
 
 pretrain: setup ## train on the HKH store HKH, into weights/hkh_pretrained.ckpt; then make train-all PRETRAINED=<that file>
 	@test -f $(HKH)/store.json || { echo "$(HKH) is no tile store; make it with python -m prep hkh (docs/hkh.md)"; exit 2; }

@@ -80,6 +80,41 @@ def run_distil(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_soup_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `soup`."""
+    parser.add_argument(
+        "--run",
+        type=Path,
+        action="append",
+        required=True,
+        help="a finished run; several, say of other seeds, are averaged fold by fold; one, over its folds",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the run of soups")
+    parser.add_argument(
+        "--batches", type=int, default=50, help="of crops, for BatchNorm (default: %(default)s)"
+    )
+    add_store_argument(parser)
+
+
+def run_soup(arguments: argparse.Namespace) -> int:
+    """Average the weights of several runs' networks fold by fold, or of one run's folds."""
+    from prep.store import TileStore
+    from train import soup
+
+    store = TileStore(arguments.store)
+    if len(arguments.run) > 1:
+        soups = soup.cook(arguments.run, store, arguments.out, arguments.batches)
+        print(soup.soup_table(soups, [str(run) for run in arguments.run]))
+        return 0
+    found, folds = soup.cook_folds(arguments.run[0], store, arguments.out, arguments.batches)
+    print(
+        f"{arguments.out}: the average of folds has MCC {found:.4f} on tiles it has seen, where the folds "
+        f"have {', '.join(f'{value:.4f}' for value in folds)}: no out-of-fold score. Only tiles that no fold "
+        "saw can give it one."
+    )
+    return 0
+
+
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
     what = parser.add_mutually_exclusive_group(required=True)
@@ -558,6 +593,7 @@ def run_benefit(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "fit": Command("train the folds of a tile store", add_fit_arguments, run_fit),
     "distil": Command("train students of finished runs", add_distil_arguments, run_distil),
+    "soup": Command("average the weights of networks", add_soup_arguments, run_soup),
     "evaluate": Command(
         "score the held-out tiles of a run, or any folder of masks", add_evaluate_arguments, run_evaluate
     ),

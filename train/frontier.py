@@ -201,9 +201,9 @@ INTRODUCTION = """\
 - **Networks**: one of each run, the one that never saw the tile. Those of a run that did see it cannot be
   averaged with it out of fold.
 - **Difference**: of the score, to {reference} in all views, ± its standard error over tiles (jackknife).
-- **Work**: 10^9 multiply-adds (GMAC) a tile of 512 x 512 px, counted; what has none that can be counted, such
-  as trees, shows in the seconds, which are those of this machine beside whatever else it did. *Time*: the
-  seconds as a share of those of {reference} in all views.
+- **Work**: 10^9 multiply-adds (GMAC) a tile of 512 x 512 px, counted; of trees, what takes as long. The
+  seconds are those of this machine beside whatever else it did. *Time*: the seconds as a share of those of
+  {reference} in all views.
 - **MB**: of the networks that are counted here, in float16. A model.pth may hold all folds of a run.
 - **Front**: nothing else here scores as much for less work. Views are taken in the order {views}."""
 
