@@ -30,6 +30,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
@@ -564,30 +565,6 @@ class CoarseUnet(nn.Module):
         return run_coarsely(self.unet, self.derive(x), self.factor)
 
 
-class RefinedUnet(nn.Module):
-    """A CoarseUnet whose borders are drawn at full resolution, by two small convolutions that see the image.
-
-    Most errors lie within a few pixels of a border (reports/recipe.md), which half the resolution blurs.
-    """
-
-    def __init__(self, factor: int = 2, width: int = 16, classes: int = 4, **args: Any) -> None:
-        super().__init__()
-        self.coarse = CoarseUnet(factor, classes=width, **args)
-        self.refine = nn.Sequential(
-            nn.Conv2d(width + args["in_channels"], width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, classes, 1),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, 4, H, W) of normalised bands (B, 5, H, W); H and W are multiples of STRIDE."""
-        return self.refine(torch.cat([self.coarse(x), x], dim=1))
-
-
 def double_convolution(before: int, after: int, dropout: float) -> nn.Sequential:
     """Return two 3x3 convolutions to `after` channels, with whole channels dropped in training."""
     layers: List[nn.Module] = []
@@ -1002,7 +979,6 @@ def sum_of_trees(places: np.ndarray, trees: Sequence[TreeTables]) -> np.ndarray:
 NETWORKS: Dict[str, Callable[..., nn.Module]] = {
     "Unet": smp.Unet,
     "CoarseUnet": CoarseUnet,
-    "RefinedUnet": RefinedUnet,
     "UnetPlusPlus": smp.UnetPlusPlus,
     "FPN": smp.FPN,
     "DeepLabV3Plus": smp.DeepLabV3Plus,
@@ -1098,7 +1074,6 @@ class Member(NamedTuple):
     network: nn.Module
     weight: float
     normalization: Mapping[str, List[float]]
-    label_shift: Tuple[int, int] = (0, 0)  # rows and columns by which labels lie off the image, see `moved`
 
 
 class Postprocess(NamedTuple):
@@ -1214,10 +1189,7 @@ def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
     network = build_network(stored["arch"])
     load_state(network, stored["state_dict"], source)
     network = without_batchnorm(network, source).requires_grad_(False)
-    rows, cols = stored.get("label_shift", (0, 0))
-    return Member(
-        network.to(device), float(stored["weight"]), stored["normalization"], (int(rows), int(cols))
-    )
+    return Member(network.to(device), float(stored["weight"]), stored["normalization"])
 
 
 def check_settings(model: Model) -> None:
@@ -1318,18 +1290,6 @@ def forward_probabilities(network: nn.Module, x: torch.Tensor, view: View) -> to
     return view.inverse(torch.softmax(network(view.forward(x)), dim=1))
 
 
-def moved(probs: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Return maps (B, C, H, W) moved down by `rows` and to the right by `cols`, their edges repeated.
-
-    The competition's labels lie a pixel to the left of what they show. Networks are trained on labels moved
-    onto the image; their answers have to go where the labels of the hidden tiles are.
-    """
-    height, width = probs.shape[2:]
-    row = (torch.arange(height, device=probs.device) - rows).clamp(0, height - 1)
-    col = (torch.arange(width, device=probs.device) - cols).clamp(0, width - 1)
-    return probs[:, :, row][:, :, :, col]
-
-
 class Ensemble(NamedTuple):
     """Mean class probabilities (4, H, W) float32 of an image, and how many passes they are the mean of."""
 
@@ -1337,13 +1297,12 @@ class Ensemble(NamedTuple):
     passes: int
 
 
-def running_sums(model: Model, image: np.ndarray, passes: Sequence[Pass]) -> Iterator[torch.Tensor]:
-    """Yield, after each pass, the weighted sum of class probabilities (1, 4, H', W') of all passes so far.
+def probability_maps(model: Model, image: np.ndarray, passes: Sequence[Pass]) -> Iterator[torch.Tensor]:
+    """Yield the class probabilities (1, 4, H', W') of each pass.
 
     H' and W' are those of `image` (H, W, 5), padded to multiples of STRIDE.
     """
     inputs: Dict[int, torch.Tensor] = {}  # of each member: their normalisation may differ
-    total = torch.zeros(1, len(CLASS_NAMES), 1, 1, device=model.device)
     for number, view in passes:
         member = model.members[number]
         if number not in inputs:
@@ -1351,14 +1310,15 @@ def running_sums(model: Model, image: np.ndarray, passes: Sequence[Pass]) -> Ite
             inputs[number] = pad_to_multiple(x)
         with torch.inference_mode():
             probs = forward_probabilities(member.network, inputs[number], VIEWS[view])
-            total = total + member.weight * moved(probs, *member.label_shift)
-        yield total
+        yield probs
 
 
 def ensemble_probabilities(
     model: Model, image: np.ndarray, passes: Sequence[Pass], until: float = math.inf
 ) -> Ensemble:
-    """Return the weighted mean of class probabilities over passes.
+    """Return the weighted mean over members of the mean of each member's passes.
+
+    So a member's weight does not depend on how many of its views there was time for.
 
     Args:
         model: its members.
@@ -1368,14 +1328,19 @@ def ensemble_probabilities(
             one is where the slowest so far would fit.
     """
     height, width = image.shape[:2]
-    made, slowest, before = 0, 0.0, time.perf_counter()
-    for total in running_sums(model, image, passes):
-        latest, now = total, time.perf_counter()
-        made, slowest, before = made + 1, max(slowest, now - before), now
+    sums: Dict[int, torch.Tensor] = {}
+    made: Counter = Counter()  # passes of each member
+    slowest, before = 0.0, time.perf_counter()
+    for (number, _), probs in zip(passes, probability_maps(model, image, passes)):
+        sums[number] = sums[number] + probs if number in sums else probs
+        made[number] += 1
+        now = time.perf_counter()
+        slowest, before = max(slowest, now - before), now
         if now + slowest > until:
             break
-    probs = to_array(latest[0, :, :height, :width])
-    return Ensemble(probs / probs.sum(axis=0, keepdims=True), made)
+    total = sum(model.members[number].weight / made[number] * maps for number, maps in sums.items())
+    mean = to_array(total[0, :, :height, :width])
+    return Ensemble(mean / mean.sum(axis=0, keepdims=True), sum(made.values()))
 
 
 def apply_bias(probs: np.ndarray, class_bias: Sequence[float], extent_bias: float) -> np.ndarray:

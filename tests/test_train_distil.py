@@ -18,7 +18,7 @@ from train import distil, package
 from train.__main__ import main
 from train.config import AugmentConfig, Config, ConfigError, DataConfig, load_config
 from train.data import ALL_TILES, CropDataset, load_tiles, open_fold
-from train.evaluate import read_folds
+from train.evaluate import as_member, read_folds
 from train.fit import FOLD_FILE, RunError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "train" / "configs"
@@ -62,7 +62,7 @@ def test_a_run_that_saw_the_held_out_tiles_is_refused(teacher_run: Path) -> None
 
 def test_answers_are_the_mean_of_all_views_of_all_teachers(store: TileStore, teacher_run: Path) -> None:
     records, image = read_folds(teacher_run), store.image("000")
-    found = distil.ask([(distil.aligned_member(record, (0, 0)), record) for record in records], image)
+    found = distil.ask([(as_member(record), record) for record in records], image)
     total = np.zeros((4, 96, 96))
     for record in records:
         network = solution.build_network(record["arch"]).eval()
@@ -83,12 +83,6 @@ def inverse_rotation(network: torch.nn.Module, x: torch.Tensor, turns: int) -> n
     with torch.no_grad():
         probs = torch.softmax(network(torch.rot90(x, turns, (2, 3))), 1)
     return torch.rot90(probs, -turns, (2, 3))[0].numpy()
-
-
-def test_answers_lie_on_the_image_that_a_student_sees(teacher_run: Path) -> None:
-    record = {**read_folds(teacher_run)[0], "label_shift": [0, -1]}
-    assert distil.aligned_member(record, (0, -1)).label_shift == (0, 0)  # off the image as much as labels are
-    assert distil.aligned_member(record, (2, 0)).label_shift == (-2, -1)
 
 
 # --- Images -------------------------------------------------------------------------------------------------

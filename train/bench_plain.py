@@ -8,7 +8,7 @@ after the mean.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Callable, Mapping, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,14 +31,12 @@ TURNS: tuple[tuple[Turn, Turn], ...] = (
 
 
 class PlainMember(NamedTuple):
-    """A network, its weight in the mean, mean and standard deviation of its bands, each (5, 1, 1), and by how
-    many rows and columns its labels lie off the image."""
+    """A network, its weight in the mean, and mean and standard deviation of its bands, each (5, 1, 1)."""
 
     network: torch.nn.Module
     weight: float
     mean: np.ndarray
     std: np.ndarray
-    label_shift: Sequence[int]
 
 
 def segment(data: Path, weights: Path, out: Path) -> int:
@@ -55,8 +53,8 @@ def segment(data: Path, weights: Path, out: Path) -> int:
         total = np.zeros((4,) + bands.shape[1:], np.float32)
         for number, view in content["passes"]:
             member = members[number]
-            probs = predict(member.network, inputs[number], TURNS[view])
-            total += member.weight * move(probs, *member.label_shift)
+            share = member.weight / sum(number == other for other, _ in content["passes"])
+            total += share * predict(member.network, inputs[number], TURNS[view])
             count += 1
         mask = finish(total / total.sum(axis=0), bands, content)
         cv2.imwrite(str(out / f"{Path(files.name).stem}.png"), mask)
@@ -68,8 +66,7 @@ def load_member(stored: Mapping) -> PlainMember:
     network = solution.build_network(stored["arch"])
     network.load_state_dict({name: tensor.float() for name, tensor in stored["state_dict"].items()})
     network.eval()
-    shift = stored.get("label_shift", (0, 0))
-    return PlainMember(network, stored["weight"], *statistics(stored["normalization"]), shift)
+    return PlainMember(network, stored["weight"], *statistics(stored["normalization"]))
 
 
 def statistics(normalization: Mapping) -> tuple[np.ndarray, np.ndarray]:
@@ -102,18 +99,6 @@ def predict(network: torch.nn.Module, inputs: np.ndarray, turn: tuple[Turn, Turn
         logits = network(torch.from_numpy(there(padded).copy())[None])
         probs = torch.softmax(logits, dim=1)[0].numpy()
     return back(probs)[:, :height, :width]
-
-
-def move(probs: np.ndarray, rows: int, cols: int) -> np.ndarray:
-    """Return maps (4, H, W) moved down and to the right, their edges repeated."""
-    matrix = np.array([[1, 0, cols], [0, 1, rows]], np.float32)
-    maps = [
-        cv2.warpAffine(
-            image, matrix, image.shape[::-1], flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE
-        )
-        for image in probs
-    ]
-    return np.stack(maps)
 
 
 def finish(probs: np.ndarray, bands: np.ndarray, content: Mapping) -> np.ndarray:

@@ -37,10 +37,6 @@ class DataConfig:
     # Share of crops into which a rectangle of a crop of another tile is pasted, labels alike: CutMix (Yun et
     # al. 2019, arXiv 1905.04899).
     mix: float = 0.0
-    # Where the labels lie relative to the image, (rows, columns) in pixels: training moves them back onto it,
-    # and predictions are moved to where the labels are. A constant offset that the network has to learn is a
-    # contradiction to it, since flips and turns change its direction.
-    label_shift: list[int] = field(default_factory=lambda: [0, 0])
     workers: int = 0  # processes that prepare crops; 0: in the training process
 
 
@@ -270,7 +266,6 @@ def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
         ("data.class_shares", shares, _is_weights(shares), f"{classes} numbers >= 0, not all 0"),
         ("data.scaling", data.scaling, data.scaling in SCALINGS, " or ".join(SCALINGS)),
         ("data.mix", data.mix, 0 <= data.mix <= 1, "0 to 1"),
-        ("data.label_shift", data.label_shift, _is_shift(data.label_shift), "two numbers from -32 to 32"),
         ("data.workers", data.workers, data.workers >= 0, "0 or more"),
         ("augment.affine_share", augment.affine_share, 0 <= augment.affine_share <= 1, "0 to 1"),
         ("augment.rotate", augment.rotate, 0 <= augment.rotate <= 180, "0 to 180 degrees"),
@@ -384,10 +379,6 @@ def _is_crop(side: int) -> bool:
 
 def _is_weights(values: list[float]) -> bool:
     return len(values) == len(CLASS_NAMES) and min(values) >= 0 and sum(values) > 0
-
-
-def _is_shift(values: list[int]) -> bool:
-    return len(values) == 2 and max(map(abs, values)) <= 32
 
 
 def _is_range(values: list[float]) -> bool:

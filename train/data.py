@@ -120,23 +120,6 @@ def _load_tile(store: TileStore, tile_id: str, normalization: dict, scaling: str
     return Tile(tile_id, values, weights, codes, normalization)
 
 
-def move_codes(codes: np.ndarray, rows: int, cols: int) -> np.ndarray:
-    """Return label codes (H, W) moved down by `rows` and to the right by `cols`; IGNORE where none arrive."""
-    height, width = codes.shape
-    arrived = np.full_like(codes, IGNORE)
-    arrived[max(0, rows) : height + min(0, rows), max(0, cols) : width + min(0, cols)] = codes[
-        max(0, -rows) : height + min(0, -rows), max(0, -cols) : width + min(0, -cols)
-    ]
-    return arrived
-
-
-def align_labels(tile: Tile, label_shift: Sequence[int]) -> Tile:
-    """Return a tile with its labels moved onto the image; `label_shift` is where they lie relative to it."""
-    rows, cols = label_shift
-    codes = move_codes(tile.codes, -rows, -cols)
-    return tile._replace(codes=np.where(tile.weights.any(axis=-1), codes, np.uint8(IGNORE)))
-
-
 def count_unsplit_as_clean(tile: Tile) -> Tile:
     """Return a tile whose glacier of unknown kind counts as clean ice."""
     return tile._replace(codes=as_clean(tile.codes))
@@ -157,13 +140,11 @@ class StoredTiles(Sequence):
         normalization: dict,
         unsplit: str = "set",
         scaling: str = "statistics",
-        label_shift: Sequence[int] = (0, 0),
     ) -> None:
-        """Serve these tiles in their order; `unsplit`, `scaling` and `label_shift` are settings of `data`."""
+        """Serve these tiles in their order; `unsplit` and `scaling` are settings of `data`."""
         self.store = store
         self.tile_ids = list(tile_ids)
         self.unsplit = unsplit
-        self.label_shift = label_shift
         self._read = lru_cache(maxsize=4)(
             partial(_load_tile, store, normalization=normalization, scaling=scaling)
         )
@@ -174,13 +155,12 @@ class StoredTiles(Sequence):
 
     def __getitem__(self, index: int) -> Tile:
         """Read one tile."""
-        tile = align_labels(self._read(self.tile_ids[index]), self.label_shift)
+        tile = self._read(self.tile_ids[index])
         return tile._replace(codes=self._change(tile.codes))
 
     def codes(self, index: int) -> np.ndarray:
         """Read the label codes of a tile alone, (H, W) uint8."""
-        rows, cols = self.label_shift
-        return self._change(move_codes(self.store.mask(self.tile_ids[index]), -rows, -cols))
+        return self._change(self.store.mask(self.tile_ids[index]))
 
     def _change(self, codes: np.ndarray) -> np.ndarray:
         return as_clean(codes) if self.unsplit == "clean" else codes
@@ -284,16 +264,15 @@ def cut_affine(tile: Tile, draw: Draw, size: int, config: AugmentConfig, rng: np
     not bleed into valid pixels. What lies outside the tile is nodata.
     """
     matrix = _affine(tile.codes.shape, draw, size, config, rng)
-    bits = (tile.weights > 0) @ (
-        1 << np.arange(len(BANDS))
-    )  # (H, W), one bit a band: one nearest warp for all
-    bits = _warp(bits.astype(np.uint8), matrix, size, cv2.INTER_NEAREST, 0)
+    # one bit a band, so that one nearest warp does for all; weights are 0 and 1, and float32 products fast
+    bits = tile.weights @ (2.0 ** np.arange(len(BANDS))).astype(np.float32)  # (H, W)
+    bits = _warp(bits, matrix, size, cv2.INTER_NEAREST, 0).astype(np.uint8)
     codes = _warp(tile.codes, matrix, size, cv2.INTER_NEAREST, IGNORE)
     sums = _warp(tile.values, matrix, size, cv2.INTER_LINEAR, 0)
     weights = _warp(tile.weights, matrix, size, cv2.INTER_LINEAR, 0)
-    has_value = (bits[..., None] >> np.arange(len(BANDS))) & 1 > 0  # (S, S, 5)
-    has_value &= weights > 1e-3
-    values = np.where(has_value, sums / np.maximum(weights, 1e-3), np.nan).astype(np.float32)
+    has_value = np.unpackbits(bits[..., None], axis=-1, count=len(BANDS), bitorder="little").view(bool)
+    has_value &= weights > 1e-3  # (S, S, 5)
+    values = np.divide(sums, weights, out=np.full_like(sums, np.nan), where=has_value)
     codes[~has_value.any(axis=-1)] = IGNORE
     return Crop(values, codes)
 
@@ -396,9 +375,10 @@ class CropDataset(Dataset):
         crop, draw = self.crop(rng)
         if self.mix > 0 and rng.random() < self.mix:
             crop = paste_rectangle(crop, self._crop_of_another_tile(draw.tile, rng), rng)
-        image = np.nan_to_num(crop.values.transpose(2, 0, 1), nan=0.0)
+        image = np.ascontiguousarray(crop.values.transpose(2, 0, 1))
+        image[np.isnan(image)] = 0
         codes = np.ascontiguousarray(crop.codes)
-        return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(codes), draw.of_class
+        return torch.from_numpy(image), torch.from_numpy(codes), draw.of_class
 
     def crop(self, rng: np.random.Generator) -> tuple[Crop, Draw]:
         """Return one augmented crop and the pixel it was made around."""
@@ -420,7 +400,9 @@ class CropDataset(Dataset):
             crop = cut(tile, draw, self.size, rng)
         crop = flip_and_turn(crop, self.augment, rng)
         normalization = tile.normalization or self.normalization
-        return crop._replace(values=jitter(crop.values, normalization, self.augment, rng))
+        # one band after the other in memory, as the network takes them: several times faster to change
+        values = np.ascontiguousarray(crop.values.transpose(2, 0, 1)).transpose(1, 2, 0)
+        return crop._replace(values=jitter(values, normalization, self.augment, rng))
 
 
 class EpochSampler(Sampler):
@@ -498,16 +480,13 @@ def open_fold(config: Config, fold: int, normalization: Optional[dict] = None) -
         # stats.json of a store with training and validation ids is that of its training tiles
         statistics = store.stats if config.data.scheme == SPLIT_SCHEME else compute(store, train_ids)
         normalization = {"mean": statistics["mean"], "std": statistics["std"]}
-    scaling, shift = config.data.scaling, config.data.label_shift
+    scaling = config.data.scaling
     if len(store.tile_ids) > IN_MEMORY_TILES:
         unsplit = config.data.unsplit_glacier
-        tiles = StoredTiles(store, train_ids, normalization, unsplit, scaling, shift)
-        val_tiles = StoredTiles(store, val_ids, normalization, scaling=scaling, label_shift=shift)
+        tiles = StoredTiles(store, train_ids, normalization, unsplit, scaling)
+        val_tiles = StoredTiles(store, val_ids, normalization, scaling=scaling)
     else:
-        tiles, val_tiles = (
-            [align_labels(tile, shift) for tile in load_tiles(store, ids, normalization, scaling)]
-            for ids in (train_ids, val_ids)
-        )
+        tiles, val_tiles = (load_tiles(store, ids, normalization, scaling) for ids in (train_ids, val_ids))
         if config.data.unsplit_glacier == "clean":
             tiles = [count_unsplit_as_clean(tile) for tile in tiles]
     dataset = CropDataset(tiles, normalization, config.data, config.augment, config.train.seed)

@@ -96,17 +96,6 @@ def find_teachers(folders: Sequence[str], held_out: Sequence[str]) -> list[Teach
     return teachers
 
 
-def aligned_member(record: dict, label_shift: Sequence[int]) -> Member:
-    """Return a teacher whose answers lie where a student looks for them that is trained with `label_shift`.
-
-    A student sees labels moved back onto the image by its own shift; a teacher's answers lie off the image by
-    the teacher's.
-    """
-    member = as_member(record)
-    rows, cols = (theirs - own for theirs, own in zip(member.label_shift, label_shift))
-    return member._replace(label_shift=(rows, cols))
-
-
 def ask(teachers: Sequence[tuple[Member, dict]], image: np.ndarray) -> np.ndarray:
     """Return the mean of the teachers' probabilities in all views, and where they know anything.
 
@@ -271,10 +260,7 @@ def collect_answers(teachers: Sequence[Teacher], config: Config, images: Images,
     """Ask the teachers about the images that `folder` has no answer to yet, and return all answers."""
     paths = {name: folder / f"answer-{name}.npy" for name in images.names}
     todo = [name for name, path in paths.items() if not path.is_file()]
-    members = [
-        (aligned_member(teacher.record, config.data.label_shift), teacher.record)
-        for teacher in (teachers if todo else ())
-    ]
+    members = [(as_member(teacher.record), teacher.record) for teacher in (teachers if todo else ())]
     for name in tqdm(todo, desc=f"{len(members)} teachers", unit="tile", disable=not todo):
         write_whole(paths[name], partial(save_array, array=ask(members, images.read(name))))
     return Answers(list(paths.values()))
@@ -286,7 +272,6 @@ def require_same_teachers(teachers: Sequence[Teacher], config: Config, folder: P
     kept = ("unlabelled", "synthetic", "synthetic_size", "synthetic_seed")
     identity = {
         "teachers": [sha256(teacher.path) for teacher in teachers],
-        "label_shift": list(config.data.label_shift),
         **{key: settings[key] for key in kept},
     }
     path = folder / IDENTITY_FILE

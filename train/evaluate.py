@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Mapping
 
 import numpy as np
 import torch
@@ -77,6 +78,16 @@ def scaled_for(member: Member, record: dict, image: np.ndarray) -> Member:
     return member._replace(normalization=tile_normalization(image, scaling, record["normalization"]))
 
 
+def usable_views(record: Mapping) -> int:
+    """Return in how many of solution.VIEWS a fold's network can be asked: 1 where it needs north above."""
+    return record.get("views", len(VIEWS))
+
+
+def in_every_view(passes: np.ndarray) -> np.ndarray:
+    """Return (6, 4, H, W): the passes, or a single one six times, so that further views bring nothing."""
+    return passes if len(passes) == len(VIEWS) else np.repeat(passes[:1], len(VIEWS), axis=0)
+
+
 def mean_of_views(passes: np.ndarray) -> np.ndarray:
     """Return the mean of (views, 4, H, W) over the views, (4, H, W) float16."""
     return passes.mean(axis=0, dtype=np.float32).astype(np.float16)
@@ -100,7 +111,9 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
             member = as_member(record) if todo else None
             for tile in todo:
                 image = store.image(tile)
-                passes = predict_views(scaled_for(member, record, image), image)
+                passes = in_every_view(
+                    predict_views(scaled_for(member, record, image), image, usable_views(record))
+                )
                 np.save(run_dir / OOF_FOLDER / f"{tile}.npy", mean_of_views(passes))
                 np.save(
                     run_dir / PASSES_FOLDER / f"{tile}.npy", passes

@@ -24,7 +24,7 @@ from torch import nn
 
 from prep.labels import CODE_NAMES
 from prep.store import TileStore, name_some
-from solution import CLASS_NAMES, DerivedInputs, prepare_torch
+from solution import CLASS_NAMES, VIEWS, DerivedInputs, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
 from train.data import FoldData, open_fold
 from train.hardware import (
@@ -198,6 +198,11 @@ def set_units(network: nn.Module, config: Config, normalization: dict) -> None:
                     f"inputs derived from physical units ({', '.join(layer.names)})"
                 )
             layer.set_units(normalization)
+
+
+def sees_every_direction(config: Config) -> bool:
+    """Return whether training mirrors and turns the tiles, so that the network may be asked in every view."""
+    return config.augment.flip and config.augment.rot90
 
 
 def arch_of(config: Config) -> dict:
@@ -387,7 +392,7 @@ class Recorder(Callback):
             "fold": self.fold,
             "scheme": self.config.data.scheme,
             "scaling": self.config.data.scaling,
-            "label_shift": list(self.config.data.label_shift),
+            "views": len(VIEWS) if sees_every_direction(self.config) else 1,
             **self._data_identity(),
             "epochs": len(self.history),
             "seconds": float(sum(row["seconds"] for row in self.history)),

@@ -23,7 +23,7 @@ from joblib import Parallel, delayed
 from prep.store import TileStore
 from solution import VIEWS, decide_classes
 from train.calibrate import Run, score
-from train.evaluate import load_passes, read_folds
+from train.evaluate import load_passes, read_folds, usable_views
 from train.fit import RunError, write_whole
 from train.metrics import TileCounts, count_tile, score_tiles
 from train.package import (
@@ -58,6 +58,7 @@ class Kind(NamedTuple):
     gmac: float
     size: int
     folds: tuple[int, ...]
+    views: int = len(VIEWS)
 
 
 class Budget(NamedTuple):
@@ -214,7 +215,7 @@ def weigh(
     scorer: Scorer, kinds: Sequence[Kind], budget: Budget, without: int | None = None
 ) -> tuple[float, ...]:
     """Return the weights of the runs, of sum 1: those after the addition with the best score."""
-    everything = tuple(len(VIEWS) for _ in kinds)
+    everything = tuple(kind.views for kind in kinds)
     picks = [0] * len(kinds)
     best: tuple[float, tuple[float, ...]] = (-np.inf, ())
     for _ in range(ADDITIONS):
@@ -255,8 +256,8 @@ def order_units(
     cheap = [number for number in used if kinds[number].gmac <= FIRST_PASS_SHARE * budget.gmac]
     firsts = cheap or [min(used, key=lambda number: kinds[number].gmac)]
     current = 0.0
-    while any(views[number] < len(VIEWS) for number in used):
-        options = [number for number in (used if order else firsts) if views[number] < len(VIEWS)]
+    while any(views[number] < kinds[number].views for number in used):
+        options = [n for n in (used if order else firsts) if views[n] < kinds[n].views]
         found = {
             number: scorer.score(Mix(tuple(weights), _more(views, number)), without) for number in options
         }
@@ -385,7 +386,8 @@ def kind_of(records: Sequence[Mapping]) -> Kind:
     """Return what shipping a run takes; folds come in the order of their held-out scores, best first."""
     by_score = sorted(records, key=lambda record: -record["val_mcc"])
     size = max(stored_size(record) for record in records)
-    return Kind(count_gmac(records[0]["arch"]), size, tuple(record["fold"] for record in by_score))
+    folds = tuple(record["fold"] for record in by_score)
+    return Kind(count_gmac(records[0]["arch"]), size, folds, min(map(usable_views, records)))
 
 
 def pack_mixture(
@@ -422,7 +424,7 @@ def pack_mixture(
 
 
 def assemble_mixture(fitted: Fitted, records: Sequence[Sequence[Mapping]], settings: Mapping) -> dict:
-    """Return the content of model.pth. A member's weight is its run's, shared among the run's passes."""
+    """Return the content of model.pth. A member's weight is its run's, shared among the run's networks."""
     passes, weights = fitted.plan.passes, fitted.plan.mix.weights
     members = list(dict.fromkeys((one.run, one.fold) for one in passes))
     by_fold = [{record["fold"]: record for record in of_run} for of_run in records]
@@ -432,7 +434,7 @@ def assemble_mixture(fitted: Fitted, records: Sequence[Sequence[Mapping]], setti
     )
     content = assemble([by_fold[run][fold] for run, fold in members], settings, order)
     for (run, _), member in zip(members, content["members"]):
-        member["weight"] = weights[run] / sum(one.run == run for one in passes)
+        member["weight"] = weights[run] / sum(other == run for other, _ in members)
         member["run"] = fitted.runs[run]
     return content
 

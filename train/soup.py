@@ -32,7 +32,7 @@ from train.metrics import TileCounts, count_tile, score_tiles
 from train.pareto import markdown_table, mcc_text
 
 SOUP_FILE = "soup.json"
-SAME = ("arch", "scheme", "scaling", "label_shift", "train_tiles", "val_tiles")  # of what is averaged
+SAME = ("arch", "scheme", "scaling", "views", "train_tiles", "val_tiles")  # of what is averaged
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Choice = tuple[int, ...]  # numbers of the ingredients
 
