@@ -61,9 +61,23 @@ def labelled_pixels(logits: Tensor, codes: Tensor, table: Tensor) -> LabelledPix
         codes: (B, H, W) uint8 label codes of `prep.labels`.
         table: (256, 4) bool, `prep.labels.allowed_classes`.
     """
-    allowed = table[codes.long()]  # (B, H, W, 4)
-    keep = allowed.any(dim=-1)  # (B, H, W)
-    return LabelledPixels(logits.movedim(1, -1)[keep].float(), allowed[keep])
+    rows = rows_with_label(codes, table)
+    flat = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    allowed = table[codes.flatten().index_select(0, rows).long()]
+    return LabelledPixels(flat.index_select(0, rows).float(), allowed)
+
+
+def rows_with_label(codes: Tensor, table: Tensor) -> Tensor:
+    """Return the flat indices (N,) int64 of the pixels of `codes` (B, H, W) that have a label."""
+    return table.any(dim=-1)[codes.flatten().long()].nonzero()[:, 0]
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Return the softmax over the classes of (N, 4), as `torch.softmax` over the last axis.
+
+    On a CPU that is several times slower than over the first axis of the transposed numbers.
+    """
+    return logits.T.contiguous().softmax(dim=0).T
 
 
 def posterior_target(pixels: LabelledPixels) -> Tensor:
@@ -80,7 +94,7 @@ def posterior_target(pixels: LabelledPixels) -> Tensor:
 
 
 def _restricted(logits: Tensor, allowed: Tensor) -> Tensor:
-    return logits.detach().masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    return softmax(logits.detach().masked_fill(~allowed, -torch.inf))
 
 
 def log_likelihood(pixels: LabelledPixels) -> Tensor:
@@ -126,7 +140,7 @@ def dice_loss(pixels: LabelledPixels) -> Tensor:
     p * t, the usual soft Dice; for soft targets it is smallest at p = t, where p * t would push the
     network towards whichever class it already prefers (Wang et al. 2023, arXiv 2303.16296).
     """
-    probs = pixels.logits.softmax(dim=-1)
+    probs = softmax(pixels.logits)
     target = posterior_target(pixels)
     present = pixels.allowed.any(dim=0)  # (4,)
     difference = (probs - target).abs().sum(dim=0)
@@ -143,7 +157,7 @@ def mcc_loss(pixels: LabelledPixels) -> Tensor:
     a set, so that a network is not pushed towards the class of the set that it already prefers. For hard
     labels and predictions this is the correlation that scikit-learn returns, 0 where it is undefined.
     """
-    probs, target = pixels.logits.softmax(dim=-1), posterior_target(pixels)
+    probs, target = softmax(pixels.logits), posterior_target(pixels)
     agreement = log_likelihood(pixels).exp()
     if pixels.softened is not None:
         rows = pixels.softened.rows
@@ -353,15 +367,14 @@ class SetLoss(nn.Module):
 
     def _softened(self, codes: Tensor) -> Softened:
         """Return the softened ones of the pixels that `labelled_pixels` keeps."""
-        share, across = self.softening(codes)
-        keep = self.table.any(dim=-1)[codes.long()]
-        share, across = share[keep], across[keep]
+        labelled = rows_with_label(codes, self.table)
+        share, across = (part.flatten().index_select(0, labelled) for part in self.softening(codes))
         rows = share.nonzero()[:, 0]
         return Softened(rows, self.table[across[rows].long()], share[rows])
 
     def _weights_of(self, codes: Tensor) -> Tensor:
         """Return the border weights (N,) of the pixels that `labelled_pixels` keeps."""
-        return self.border_weights(codes)[self.table.any(dim=-1)[codes.long()]]
+        return self.border_weights(codes).flatten().index_select(0, rows_with_label(codes, self.table))
 
 
 def ramp(epochs: float, length: int) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import lightning.pytorch as pl
 import numpy as np
@@ -261,13 +261,14 @@ class RampedAveraging(WeightAveraging):
     def __init__(self, decay: float) -> None:
         """Average with a decay that rises to `decay`."""
 
-        def average(averaged: Tensor, current: Tensor, steps: Tensor) -> Tensor:
-            if not averaged.is_floating_point():  # BatchNorm's batch counter
-                return current
+        def average(averaged: list[Tensor], current: list[Tensor], steps: Union[Tensor, int]) -> None:
             ramp = (1 + float(steps)) / (10 + float(steps))
-            return torch.lerp(averaged, current, 1 - min(decay, ramp))
+            if averaged[0].is_floating_point():
+                torch._foreach_lerp_(averaged, current, 1 - min(decay, ramp))
+            else:  # BatchNorm's batch counters
+                torch._foreach_copy_(averaged, current)
 
-        super().__init__(avg_fn=average)
+        super().__init__(multi_avg_fn=average)
 
     def network_state(self) -> dict[str, Tensor]:
         """Return a copy of the averaged network's state dict, float32 on the CPU. Not during validation."""
