@@ -26,10 +26,13 @@ ABLATIONS ?= train/configs/ablations.yaml
 SEEDS ?= 0,1
 STEPS ?=
 JOBS ?=
+DEVICES ?=
 PRETRAIN_RUN ?= runs/hkh-pretrain
 HKH_WEIGHTS ?= weights/hkh_pretrained.ckpt
 # Fine-tuning: the weights and the statistics of pretraining, at a low learning rate.
 FINETUNE := $(if $(PRETRAINED),model.imagenet=false model.pretrained=$(PRETRAINED) optim.lr=5e-5)
+
+ON := $(if $(DEVICES),trainer.devices=$(DEVICES))
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -38,14 +41,24 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock | cksum |
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint prep fit evaluate calibrate pareto train-all distill mix frontier baseline report ablate predict preview export score check grader-check bench \
-	pretrain bench-prep bench-pretrain \
-	submission fuzz reference lock clean
+.PHONY: help \
+	setup demo \
+	predict preview score export \
+	prep fit evaluate calibrate pareto train-all \
+	check grader-check bench submission \
+	baseline report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
+	test lint coverage fuzz audit reference lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo; echo "  settings: DATA=$(DATA) STORE=$(STORE) MODEL=$(MODEL) CONFIG=$(CONFIG)"
-	@echo "            SCHEME=$(SCHEME) NAME=$(NAME) WEIGHTS=$(WEIGHTS) IN= OUT= MASKS= LABELS= SET='key=value ...' (of the training configuration)"
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@echo; echo "Arguments: make TARGET NAME=value ..., now:"
+	@echo "  DATA=$(DATA)  your tiles: Band1 ... Band5, label"
+	@echo "  STORE=$(STORE) MODEL=$(MODEL) CONFIG=$(CONFIG) SCHEME=$(SCHEME) NAME=$(NAME) WEIGHTS=$(WEIGHTS)"
+	@echo "  IN= OUT= MASKS= LABELS=  folders; DEVICES=$(DEVICES) GPUs of a training; JOBS=$(JOBS) folds at once"
+	@echo "  SET='key=value ...'  of the training configuration, e.g. SET='train.epochs=20 optim.lr=3e-4'"
+
+##@ First minutes
 
 setup: $(READY) ## make .venv from requirements.txt (once; 6 GB, some minutes)
 $(READY): requirements.txt requirements.lock
@@ -66,12 +79,34 @@ demo: setup ## the whole kit on synthetic scenes, with the shipped weights: mask
 	@$(MAKE) --no-print-directory check
 	@echo "done: look at $(DEMO)/preview.png; the miniature training shows the way, its scores mean nothing"
 
+##@ Your tiles: look, segment, score, use elsewhere
+
+predict: setup ## masks for the tiles in IN, into OUT
+	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make predict IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
+	$(PY) solution.py $(IN) $(OUT) --weights $(WEIGHTS)
+
+preview: setup ## pictures of the tiles in IN into OUT: image, outlines, areas; of the masks in MASKS, else by WEIGHTS
+	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make preview IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
+	$(PY) -m train preview --data $(IN) --out $(OUT) $(if $(MASKS),--masks $(MASKS),--weights $(WEIGHTS))
+
+score: setup ## score the masks in MASKS, of any origin, against LABELS of either phase; IN= bands: without nodata too
+	@test -n "$(MASKS)" -a -n "$(LABELS)" || { echo "make score MASKS=<folder> LABELS=<folder> [IN=<Band1 ... Band5>] [TILES=02_07,03_11] [JSON=<file>]"; exit 2; }
+	$(PY) -m train evaluate --pred $(MASKS) --labels $(LABELS) $(if $(IN),--data $(IN)) $(if $(TILES),--tiles $(TILES)) $(if $(JSON),--json $(JSON))
+
+export: setup ## the masks in MASKS as GeoTIFF and polygons for QGIS, into OUT; IN holds their bands
+	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(MASKS)" || \
+		{ echo "make export IN=<folder with Band1 ... Band5> MASKS=<folder of masks> OUT=<folder>"; exit 2; }
+	$(PY) -m train export --masks $(MASKS) --data $(IN) --out $(OUT)
+
+##@ Train on your tiles: each does what it needs before
+
 prep: setup ## DATA (Band1 ... Band5 and labels) to the tile store STORE with its folds
 	@if [ -f $(STORE)/store.json ]; then echo "$(STORE) is there already (remove it to make it again)"; \
+	elif ! test -d "$(DATA)"; then echo "DATA=$(DATA) is no folder; make $(firstword $(MAKECMDGOALS)) DATA=<folder with Band1 ... Band5 and label>; without tiles: make demo"; exit 2; \
 	else $(PY) -m prep competition --data $(DATA) --out $(STORE); fi
 
 fit: prep ## train the five folds of SCHEME as CONFIG says, JOBS at once; continues where it was interrupted
-	$(PY) -m train fit --config $(CONFIG) --run $(RUN) $(if $(JOBS),--jobs $(JOBS)) data.store=$(STORE) data.scheme=$(SCHEME) $(FINETUNE) $(SET)
+	$(PY) -m train fit --config $(CONFIG) --run $(RUN) $(if $(JOBS),--jobs $(JOBS)) data.store=$(STORE) data.scheme=$(SCHEME) $(FINETUNE) $(ON) $(SET)
 
 evaluate: fit ## predict and score each tile with the fold that never saw it
 	$(PY) -m train evaluate --run $(RUN) --store $(STORE)
@@ -85,31 +120,21 @@ pareto: calibrate ## order the passes by what each is worth out of fold
 train-all: pareto ## all of the above, and WEIGHTS from it
 	$(PY) -m train pack --run $(RUN) --calibration $(CALIBRATION) --passes $(PASSES) --out $(WEIGHTS)
 
-distill: setup ## students of the runs TEACHERS, fold by fold, into STUDENT, and their scores; SET= changes the student
-	$(PY) -m train distil --config train/configs/distil.yaml --run $(STUDENT) \
-		$(foreach run,$(TEACHERS),--teacher $(run)) data.store=$(STORE) data.scheme=$(SCHEME) $(SET)
-	$(PY) -m train evaluate --run $(STUDENT) --store $(STORE)
+##@ Submit
 
-mix: setup ## WEIGHTS of the evaluated runs RUNS, weighed against each other, within MAX_MB and MAX_GMAC
-	@test -n "$(RUNS)" || { echo "make mix RUNS='runs/a runs/b' [MAX_MB=300] [MAX_GMAC=160] [WEIGHTS=...]"; exit 2; }
-	$(PY) -m train pack $(foreach run,$(RUNS),--run $(run)) --store $(STORE) --max-mb $(MAX_MB) --max-gmac $(MAX_GMAC) \
-		$(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION)) --out $(WEIGHTS)
+check: setup ## would the submission be accepted? every caller, every file, in an empty folder
+	$(PY) -m train check --weights $(WEIGHTS)
 
-frontier: setup ## score against work of MODELS='teacher=runs/a student=runs/b both=runs/a,runs/b': reports/frontier.md
-	@test -n "$(MODELS)" || { echo "make frontier MODELS='teacher=runs/a student=runs/b both=runs/a,runs/b'"; exit 2; }
-	$(PY) -m train pareto $(MODELS) --store $(STORE) --out $(FRONTIER:.md=.json) --report $(FRONTIER)
+grader-check: setup ## the same in the grader's Python 3.9, read-only and offline; builds it once in ~/.cache (4 GB); IN= tiles
+	$(PY) -m train grader-check --weights $(WEIGHTS) $(if $(IN),--data $(IN)) $(if $(OPTIONAL),--optional)
 
-pretrain: setup ## train on the HKH store HKH, into weights/hkh_pretrained.ckpt; then make train-all PRETRAINED=<that file>
-	@test -f $(HKH)/store.json || { echo "$(HKH) is no tile store; make it with python -m prep hkh (docs/hkh.md)"; exit 2; }
-	$(PY) -m train fit --config train/configs/pretrain.yaml --run $(PRETRAIN_RUN) data.store=$(HKH) $(SET)
-	cp $(PRETRAIN_RUN)/fold0/fold.pt $(HKH_WEIGHTS).partial && mv $(HKH_WEIGHTS).partial $(HKH_WEIGHTS)
+bench: setup ## how fast is solution.py, where does its time go, how much memory: reports/bench.md
+	$(PY) -m train bench --weights $(WEIGHTS)
 
-bench-prep: setup ## megapixels a second of python -m prep hkh beside a bare read and write: reports/prep_hkh.md
-	$(PY) -m prep bench
+submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an older one
+	$(PY) -m train submission --weights $(WEIGHTS) $(if $(OVERWRITE),--overwrite)
 
-bench-pretrain: setup ## does pretraining help? the whole way on synthetic data: reports/pretraining.md
-	@rm -rf data/benefit
-	$(PY) -m train benefit --work data/benefit
+##@ Compare, improve, pretrain
 
 baseline: prep ## the per-pixel gradient boosting on the same folds
 	$(PY) -m train baseline --scheme $(SCHEME) --run runs/baseline-$(SCHEME) --store $(STORE)
@@ -130,40 +155,53 @@ ablate: prep ## train the trials of ABLATIONS side by side and tabulate what eac
 	$(PY) -m train ablate --set $(ABLATIONS) --run runs/ablate --report reports/ablations.md --store $(STORE) \
 		--seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--override $(SET))
 
-predict: setup ## masks for the tiles in IN, into OUT
-	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make predict IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
-	$(PY) solution.py $(IN) $(OUT) --weights $(WEIGHTS)
+distill: setup ## students of the runs TEACHERS, fold by fold, into STUDENT, and their scores; SET= changes the student
+	$(PY) -m train distil --config train/configs/distil.yaml --run $(STUDENT) \
+		$(foreach run,$(TEACHERS),--teacher $(run)) data.store=$(STORE) data.scheme=$(SCHEME) $(SET)
+	$(PY) -m train evaluate --run $(STUDENT) --store $(STORE)
 
-preview: setup ## pictures of the tiles in IN into OUT: image, outlines, areas; of the masks in MASKS, else by WEIGHTS
-	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make preview IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
-	$(PY) -m train preview --data $(IN) --out $(OUT) $(if $(MASKS),--masks $(MASKS),--weights $(WEIGHTS))
+mix: setup ## WEIGHTS of the evaluated runs RUNS, weighed against each other, within MAX_MB and MAX_GMAC
+	@test -n "$(RUNS)" || { echo "make mix RUNS='runs/a runs/b' [MAX_MB=300] [MAX_GMAC=160] [WEIGHTS=...]"; exit 2; }
+	$(PY) -m train pack $(foreach run,$(RUNS),--run $(run)) --store $(STORE) --max-mb $(MAX_MB) --max-gmac $(MAX_GMAC) \
+		$(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION)) --out $(WEIGHTS)
 
-export: setup ## the masks in MASKS as GeoTIFF and polygons for QGIS, into OUT; IN holds their bands
-	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(MASKS)" || \
-		{ echo "make export IN=<folder with Band1 ... Band5> MASKS=<folder of masks> OUT=<folder>"; exit 2; }
-	$(PY) -m train export --masks $(MASKS) --data $(IN) --out $(OUT)
+frontier: setup ## score against work of MODELS='teacher=runs/a student=runs/b both=runs/a,runs/b': reports/frontier.md
+	@test -n "$(MODELS)" || { echo "make frontier MODELS='teacher=runs/a student=runs/b both=runs/a,runs/b'"; exit 2; }
+	$(PY) -m train pareto $(MODELS) --store $(STORE) --out $(FRONTIER:.md=.json) --report $(FRONTIER)
 
-score: setup ## score the masks in MASKS, of any origin, against LABELS of either phase
-	@test -n "$(MASKS)" -a -n "$(LABELS)" || { echo "make score MASKS=<folder> LABELS=<folder>"; exit 2; }
-	$(PY) -m train evaluate --pred $(MASKS) --labels $(LABELS)
+pretrain: setup ## train on the HKH store HKH, into weights/hkh_pretrained.ckpt; then make train-all PRETRAINED=<that file>
+	@test -f $(HKH)/store.json || { echo "$(HKH) is no tile store; make it with python -m prep hkh (docs/hkh.md)"; exit 2; }
+	$(PY) -m train fit --config train/configs/pretrain.yaml --run $(PRETRAIN_RUN) data.store=$(HKH) $(ON) $(SET)
+	cp $(PRETRAIN_RUN)/fold0/fold.pt $(HKH_WEIGHTS).partial && mv $(HKH_WEIGHTS).partial $(HKH_WEIGHTS)
 
-check: setup ## would the submission be accepted? every caller, every file, in an empty folder
-	$(PY) -m train check --weights $(WEIGHTS)
+bench-prep: setup ## megapixels a second of python -m prep hkh beside a bare read and write: reports/prep_hkh.md
+	$(PY) -m prep bench
 
-grader-check: setup ## the same in the grader's Python 3.9, read-only and offline; builds it once in ~/.cache (4 GB); IN= tiles
-	$(PY) -m train grader-check --weights $(WEIGHTS) $(if $(IN),--data $(IN)) $(if $(OPTIONAL),--optional)
+bench-pretrain: setup ## does pretraining help? the whole way on synthetic data: reports/pretraining.md
+	@rm -rf data/benefit
+	$(PY) -m train benefit --work data/benefit
 
-bench: setup ## how fast is solution.py, where does its time go, how much memory: reports/bench.md
-	$(PY) -m train bench --weights $(WEIGHTS)
+bench-train: setup ## how much of training's time is the network's: reports/bench_train.md
+	$(PY) -m train bench-train --config $(CONFIG) $(SET)
 
-submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an older one
-	$(PY) -m train submission --weights $(WEIGHTS) $(if $(OVERWRITE),--overwrite)
+##@ The kit itself
 
 test: setup ## the test suite
 	$(PY) -m pytest
 
+lint: setup ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+coverage: setup ## the lines that the tests run, file by file: docs/testing.md says what the others are for (PARTS= some tests)
+	$(PY) .ci/coverage_table.py $(PARTS)
+
 fuzz: setup ## search for what breaks solution.py, prep and training: hostile tiles, kills, many tiles (half an hour)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(PY) -m fuzz $(ONLY) --seed $(SEED)
+
+audit: setup ## known vulnerabilities of the pinned packages, or that the service which knows them cannot be reached
+	$(PY) .ci/audit.py
 
 reference: setup ## make weights/reference.* anew, after WEIGHTS were replaced
 	$(PY) -m train.release --weights $(WEIGHTS) --write
@@ -172,11 +210,6 @@ lock: setup ## make requirements.lock from requirements.txt, with the SHA-256 of
 	$(PY) -m pip install --quiet uv
 	grep -v '^pydensecrf2' requirements.txt | $(PY) -m uv pip compile - --output-file requirements.lock --quiet --generate-hashes \
 		--universal --python-version 3.11 --no-annotate --no-emit-index-url --custom-compile-command "make lock"
-
-lint: setup ## ruff and mypy
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(PY) -m mypy
 
 clean: ## remove the demo, caches and reports of tests; keeps .venv, stores and runs
 	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache

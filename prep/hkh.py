@@ -158,6 +158,7 @@ def prepare(
     with own_partial_folder(Path(out)) as partial:
         results = finish_scenes(jobs, partial, settings, resources)
         summary = assemble(Path(out), partial, results, describe_source(source, settings, jobs), settings)
+        discard([partial / job.name for job in jobs])
         shutil.rmtree(partial)
     return summary
 
@@ -326,9 +327,15 @@ def own_partial_folder(out: Path) -> Iterator[Path]:
 
 def clear_partial(partial: Path, finished: set[str]) -> None:
     """Remove everything from the folder of partial results but the finished scenes."""
-    for entry in partial.iterdir():
-        if entry.name not in finished:
-            shutil.rmtree(entry)
+    discard([entry for entry in partial.iterdir() if entry.name not in finished])
+
+
+def discard(folders: Sequence[Path]) -> None:
+    """Remove partial results, the marks of all first: a killed run leaves none without its tiles."""
+    for folder in folders:
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def process(job: Job, keep: Filter, folder: Path, mark: str) -> Outcome:

@@ -26,12 +26,13 @@ class Disk:
 
     def resize(self, size: str) -> None:
         """Give the disk another size, such as 20k."""
-        mount("-o", f"remount,size={size}", str(self.folder))
+        assert mount("-o", f"remount,size={size}", str(self.folder)) == ""
 
 
 def mount(*arguments: str) -> str:
     """Run mount; return what it says where it fails."""
-    return subprocess.run(["mount", *arguments], capture_output=True, text=True).stderr
+    ended = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    return ended.stderr if ended.returncode else ""
 
 
 @pytest.fixture

@@ -511,6 +511,17 @@ def test_one_store_is_made_by_one_process(sample, tmp_path):
     assert left_over(tmp_path) == [".hkh-partial"]
 
 
+def test_marks_of_finished_scenes_go_before_their_tiles(tmp_path):
+    """A run killed while it tidied up left marks without tiles, and every later run stumbled over them."""
+    for name in ("a", "b"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "result.json").write_text('{"fingerprint": "x"}')
+    with pytest.raises(FileNotFoundError):  # as a kill does, this stops it after the first
+        hkh.discard([tmp_path / "a", tmp_path / "missing", tmp_path / "b"])
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "b" / "images").exists() and not hkh.is_finished(tmp_path / "b", "x")
+
+
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null"])
 def test_a_damaged_partial_result_is_made_again(sample, tmp_path, content):
     folder = tmp_path / ".hkh-partial" / scene_paths(sample)[0].stem

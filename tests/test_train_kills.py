@@ -19,7 +19,7 @@ def test_killed_runs_leave_whole_files_and_the_next_run_ends_alike():
     """In a process of its own: it forks, which no process does well that has used threads."""
     paths = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fuzz", "kills", "trainings", "twice", "--kills", "4"]
+    command = [sys.executable, "-m", "fuzz", "kills", "hkh-kills", "trainings", "twice", "--kills", "4"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert len(re.findall(r": [4-9] kills, ", ended.stdout)) == 4, ended.stdout

@@ -60,11 +60,15 @@ def tell(what: str, killed: kills.Killed) -> list[str]:
 
 
 def kill_runs(options: argparse.Namespace, work: Path) -> list[str]:
-    """Kill solution.py and prep."""
+    """Kill solution.py and prep of the competition's tiles."""
     weights = write_model(work / "model.pth")
     faults = tell("solution.py", kills.kill_solution(options.seed, options.kills, weights, work))
-    faults += tell("prep competition", kills.kill_prep(options.seed, options.kills, work))
-    return faults + tell("prep hkh", kills.kill_hkh(options.seed, options.kills, work))
+    return faults + tell("prep competition", kills.kill_prep(options.seed, options.kills, work))
+
+
+def kill_scenes(options: argparse.Namespace, work: Path) -> list[str]:
+    """Kill prep of HKH scenes."""
+    return tell("prep hkh", kills.kill_hkh(options.seed, options.kills, work))
 
 
 def kill_trainings(options: argparse.Namespace, work: Path) -> list[str]:
@@ -100,6 +104,7 @@ def compare_masks(options: argparse.Namespace, work: Path) -> list[str]:
 
 CAMPAIGNS: dict[str, Callable[[argparse.Namespace, Path], list[str]]] = {
     "kills": kill_runs,  # first, as long as no thread was started here: they fork
+    "hkh-kills": kill_scenes,
     "trainings": kill_trainings,
     "twice": run_twice,
     "load": run_many,
