@@ -14,7 +14,7 @@ import torch
 from solution import CLASS_NAMES, MODEL_FORMAT, VIEWS, load_model
 from train.calibrate import Settings
 from train.data import ALL_TILES
-from train.evaluate import read_folds
+from train.evaluate import read_folds, usable_views
 from train.fit import RunError, write_whole
 from train.networks import COMPARED
 from train.submission import sha256
@@ -61,7 +61,6 @@ def as_stored_member(record: Mapping) -> dict:
         "fold": record["fold"],
         "val_mcc": record["val_mcc"],
         "normalization": {key: [float(v) for v in record["normalization"][key]] for key in ("mean", "std")},
-        "label_shift": [int(pixels) for pixels in record.get("label_shift", (0, 0))],
         "state_dict": to_half(record["state_dict"]),
     }
 
@@ -157,7 +156,7 @@ def assemble(records: Sequence[Mapping], calibration: Mapping, order: Order) -> 
     return {
         "format": MODEL_FORMAT,
         "members": [as_stored_member(record) for record in records],
-        "passes": [list(one) for one in order.passes],
+        "passes": [[number, view] for number, view in order.passes if view < usable_views(records[number])],
         "time_budget": TIME_BUDGET,
         "class_bias": list(calibration["class_bias"]),
         "postprocess": dict(calibration["postprocess"]),
@@ -268,7 +267,7 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None, section
 - Size: {weights.stat().st_size / 1e6:.1f} MB (float16); SHA-256 `{sha256(weights)}`
 - Trained on: {len(provenance["tiles"])} Landsat-8 tiles ({", ".join(provenance["tiles"])}), each network \
 without the tiles of its fold ({provenance["scheme"]} folds)
-- Steps: {format_steps(config)}
+- Steps: {format_steps(config, members[0]["arch"])}
 - Made with: {", ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
 - Command: `make train-all DATA=<folder with Band1 ... Band5 and the labels>`
 
@@ -304,10 +303,10 @@ def mcc_or_none(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def format_steps(config: Mapping) -> str:
+def format_steps(config: Mapping, arch: Mapping) -> str:
     """Return how long the networks were trained, on what, and from which first weights."""
-    if config["model"]["name"] == "BoostedTrees":
-        return f"{config['model']['args']['trees']} trees for the questions of train/baseline.py"
+    if arch["name"] == "BoostedTrees":
+        return f"{arch['args']['trees']} trees for the questions of train/baseline.py"
     data = config["data"]
     return (
         f"{config['train']['epochs']} epochs of {data['steps_per_epoch']} steps of {data['batch_size']} "
