@@ -265,9 +265,10 @@ def test_average_follows_its_ramp_and_takes_batchnorm_along():
 
 
 def test_no_averaging_keeps_the_current_weights():
-    average = RampedAveraging(decay=0.0)._kwargs["avg_fn"]
-    current = torch.randn(5)
-    assert torch.allclose(average(torch.randn(5), current, torch.tensor(100)), current)
+    average = RampedAveraging(decay=0.0)._kwargs["multi_avg_fn"]
+    averaged, current = torch.randn(5), torch.randn(5)
+    average([averaged], [current], torch.tensor(100))
+    assert torch.equal(averaged, current)
 
 
 def test_learning_rate_rises_linearly_in_the_warm_up(store):

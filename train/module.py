@@ -263,9 +263,10 @@ class RampedAveraging(WeightAveraging):
 
         def average(averaged: list[Tensor], current: list[Tensor], steps: Union[Tensor, int]) -> None:
             ramp = (1 + float(steps)) / (10 + float(steps))
-            if averaged[0].is_floating_point():
-                torch._foreach_lerp_(averaged, current, 1 - min(decay, ramp))
-            else:  # BatchNorm's batch counters
+            kept = min(decay, ramp)
+            if kept > 0 and averaged[0].is_floating_point():
+                torch._foreach_lerp_(averaged, current, 1 - kept)
+            else:  # BatchNorm's batch counters; or no average, which lerp would round
                 torch._foreach_copy_(averaged, current)
 
         super().__init__(multi_avg_fn=average)
