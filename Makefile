@@ -46,7 +46,7 @@ DEMO := data/demo
 	predict preview score export \
 	prep fit evaluate calibrate pareto train-all \
 	check grader-check bench submission \
-	baseline report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
+	baseline pixels train-mixed report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
 	test lint coverage fuzz audit reference lock clean
 
 help: ## list the targets
@@ -138,6 +138,17 @@ submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an 
 
 baseline: prep ## the per-pixel gradient boosting on the same folds
 	$(PY) -m train baseline --scheme $(SCHEME) --run runs/baseline-$(SCHEME) --store $(STORE)
+
+pixels: prep ## the network on single pixels, on the same folds
+	$(PY) -m train pixels --run runs/pixels-$(SCHEME) store=$(STORE) scheme=$(SCHEME)
+
+train-mixed: ## how the shipped WEIGHTS are made: two U-Nets and the network on pixels, weighed against each other
+	@for kind in imagenet directional; do $(MAKE) --no-print-directory evaluate NAME=$$kind \
+		CONFIG=train/configs/$$kind.yaml || exit 1; done
+	@$(MAKE) --no-print-directory pixels
+	$(PY) -m train evaluate --run runs/pixels-$(SCHEME) --store $(STORE)
+	@$(MAKE) --no-print-directory mix MAX_MB=70 CALIBRATION= \
+		RUNS="runs/imagenet-$(SCHEME) runs/directional-$(SCHEME) runs/pixels-$(SCHEME)"
 
 report: setup ## compare U-Net and baseline on both kinds of folds: reports/, and reports/index.html with all tiles
 	@for scheme in stratified spatial; do \

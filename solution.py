@@ -822,6 +822,9 @@ class PixelNet(nn.Module):
     physical units (a normalisation of mean 0 and deviation 1), with 0 where nodata.
     """
 
+    running_mean: torch.Tensor
+    running_std: torch.Tensor
+
     def __init__(
         self,
         in_channels: int,

@@ -1,6 +1,7 @@
 """Command line of training: `python -m train <command> --help`."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Sequence
@@ -155,10 +156,15 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
 
     store = TileStore(arguments.store)
     predict_run(arguments.run, store)
-    pooled = score_run(arguments.run, store)["pooled"]["valid_pixels"]
-    four = f"{pooled['four_class']['mcc']:.4f}" if pooled["four_class"] else "undefined"
-    print(f"{arguments.run}: out-of-fold MCC {pooled['binary']['mcc']:.4f} (extent), {four} (four classes)")
+    print_scores(arguments.run, score_run(arguments.run, store))
     return 0
+
+
+def print_scores(run: Path, scores: dict) -> None:
+    """Print a run's scores over valid pixels in one line."""
+    pooled = scores["pooled"]["valid_pixels"]
+    four = f"{pooled['four_class']['mcc']:.4f}" if pooled["four_class"] else "undefined"
+    print(f"{run}: out-of-fold MCC {pooled['binary']['mcc']:.4f} (extent), {four} (four classes)")
 
 
 def evaluate_masks(arguments: argparse.Namespace) -> int:
@@ -198,6 +204,23 @@ def run_baseline(arguments: argparse.Namespace) -> int:
     from train.baseline import run_baseline as fit_baseline
 
     fit_baseline(arguments.store, arguments.scheme, arguments.run, arguments.seed, usable_cores())
+    return 0
+
+
+def add_pixels_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `pixels`."""
+    parser.add_argument("--config", type=Path, default=Path("train/configs/pixels.yaml"), help="YAML file")
+    parser.add_argument("--run", type=Path, required=True, help="folder for the folds and their predictions")
+    parser.add_argument("overrides", nargs="*", help="e.g. scheme=spatial epochs=4")
+
+
+def run_pixels(arguments: argparse.Namespace) -> int:
+    """Fit the folds of a network on single pixels, and score them."""
+    from solution import usable_cores
+    from train.pixels import fit_run, load_pixel_config
+
+    config = load_pixel_config(arguments.config, arguments.overrides)
+    print_scores(arguments.run, fit_run(config, arguments.run, usable_cores()))
     return 0
 
 
@@ -473,7 +496,7 @@ def run_bench_train(arguments: argparse.Namespace) -> int:
     from train.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    command = " ".join(["python -m train bench-train", *arguments.overrides])
+    command = "python -m train " + shlex.join(sys.argv[1:])
     bench_train(config, arguments.store, arguments.out, arguments.steps, arguments.rounds, command)
     return 0
 
@@ -599,6 +622,7 @@ COMMANDS = {
     ),
     "ablate": Command("what is each ingredient worth?", add_ablate_arguments, run_ablate),
     "baseline": Command("score a gradient boosting on the same folds", add_baseline_arguments, run_baseline),
+    "pixels": Command("fit a network on single pixels", add_pixels_arguments, run_pixels),
     "calibrate": Command("decide on views, bias, CRF, cleaning", add_calibrate_arguments, run_calibrate),
     "pareto": Command("score against work, and the order of passes", add_pareto_arguments, run_pareto),
     "pack": Command("write weights/model.pth", add_pack_arguments, run_pack),

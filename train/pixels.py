@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, NamedTuple, Sequence
+from typing import Any, Iterable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def load_pixel_config(path: Path | None, overrides: Sequence[str] = ()) -> Pixel
             if not path.is_file():
                 raise ConfigError(f"config {path} does not exist; see train/configs/pixels.yaml")
             tree = OmegaConf.merge(tree, OmegaConf.load(path))
-        config = OmegaConf.to_object(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))))
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{path}, {', '.join(overrides)}: {error.full_key}: {reason}") from error

@@ -1,0 +1,132 @@
+"""The network on single pixels: its features, its loss, its folds, and how it is asked."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train_helpers import make_store
+
+import solution
+from prep.store import TileStore
+from train.config import ConfigError
+from train.evaluate import load_passes, predict_run, read_folds
+from train.pixels import (
+    PixelConfig,
+    Pixels,
+    allowed_classes,
+    draw_pixels,
+    fit_network,
+    fit_run,
+    load_pixel_config,
+    set_cross_entropy,
+)
+
+
+@pytest.fixture()
+def image() -> np.ndarray:
+    """(40, 48, 5) physical units with a hole and a missing band."""
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.1, 0.9, (40, 48, 5)).astype(np.float32)
+    values[..., 4] = 250 + 20 * values[..., 4]
+    values[5:15, 5:20] = np.nan
+    values[30, 30, 2] = np.nan
+    return values
+
+
+def as_bands(image: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(image.transpose(2, 0, 1), nan=0.0)
+
+
+def test_slopes_change_sign_with_the_direction(image):
+    north_up = np.stack(list(solution.slope_features(image)))
+    upside_down = np.stack(list(solution.slope_features(image[::-1])))[:, ::-1]
+    np.testing.assert_allclose(upside_down[0::2], -north_up[0::2], atol=1e-4)  # north less south
+    np.testing.assert_allclose(upside_down[1::2], north_up[1::2], atol=1e-4)  # west less east
+
+
+def test_a_slope_is_the_difference_of_two_local_means():
+    rows = np.broadcast_to(np.arange(64, dtype=np.float32)[:, None], (64, 64))
+    image = np.repeat(rows[..., None], 5, axis=2)
+    window = solution.SLOPE_WINDOWS[0]
+    north_south, west_east = list(solution.slope_features(image))[:2]
+    assert north_south[32, 32] == pytest.approx(-2 * (window // 2 + 1), abs=1e-4)
+    assert west_east[32, 32] == pytest.approx(0, abs=1e-4)
+    assert np.isnan(north_south[0, 32]), "north of the image there is nothing"
+
+
+def test_rows_are_independent_of_each_other(image, monkeypatch):
+    torch.manual_seed(0)
+    network = solution.build_network({"name": "PixelNet", "args": {"hidden": [16]}}).eval()
+    x = torch.from_numpy(as_bands(image))[None]
+    with torch.no_grad():
+        whole = network(x)
+        monkeypatch.setattr(solution, "ROWS_AT_ONCE", 7)
+        assert torch.allclose(network(x), whole, atol=1e-5)
+    assert whole.shape == (1, 4, 40, 48) and torch.isfinite(whole).all()
+
+
+def test_batchnorms_merge_exactly(image):
+    torch.manual_seed(0)
+    network = solution.build_network({"name": "PixelNet", "args": {"hidden": [16, 8]}})
+    network.layers.train()(torch.randn(64, len(network.running_mean), 1, 1))  # sets statistics
+    merged = solution.without_batchnorm(network.eval(), "member 0")
+    assert not [layer for layer in merged.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    x = torch.from_numpy(as_bands(image))[None]
+    with torch.no_grad():
+        assert torch.allclose(network(x), merged(x), atol=1e-4)
+
+
+def test_the_loss_of_certain_labels_is_cross_entropy_and_of_sets_their_sum():
+    torch.manual_seed(0)
+    logits, certain = torch.randn(20, 4), torch.randint(4, (20,))
+    expected = torch.nn.functional.cross_entropy(logits, certain)
+    assert torch.allclose(
+        set_cross_entropy(logits, allowed_classes(certain.numpy().astype(np.uint8))), expected
+    )
+    either = allowed_classes(np.full(20, 4, np.uint8))  # glacier or debris
+    inside = torch.softmax(logits, 1)[:, [1, 2]].sum(1)
+    assert torch.allclose(set_cross_entropy(logits, either), -inside.log().mean(), atol=1e-6)
+
+
+def test_only_labelled_valid_pixels_are_drawn(image):
+    codes = np.zeros((40, 48), np.uint8)
+    codes[:, :24] = 255
+    codes[20:, 30:] = 1
+    drawn = draw_pixels(image, codes, 10_000, np.random.default_rng(0))
+    assert len(drawn.codes) == ((codes != 255) & solution.valid_mask(image)).sum()
+    assert set(np.unique(drawn.codes)) == {0, 1}
+    features = solution.PixelNet.features(as_bands(image))
+    assert np.array_equal(drawn.features[0], features[:, 0, 24], equal_nan=True)
+
+
+def test_it_learns_what_its_features_tell():
+    rng = np.random.default_rng(0)
+    count = solution.PIXEL_FEATURES + solution.SLOPE_FEATURES
+    features = rng.normal(3, 2, (4000, count)).astype(np.float32)
+    codes = (features[:, 0] + features[:, 20] > 6).astype(np.uint8)
+    network = fit_network(
+        [Pixels(features[:3000], codes[:3000])], PixelConfig(hidden=[16], epochs=20, batch_size=256)
+    )
+    with torch.no_grad():
+        found = network.layers(network.standardise(torch.from_numpy(features[3000:])[..., None, None]))
+    assert (found[..., 0, 0].argmax(1).numpy() == codes[3000:]).mean() > 0.9
+
+
+@pytest.mark.parametrize("override", ["pixels=3", "epochs=many", "unsplit_glacier=ice", "hidden=[0]"])
+def test_unknown_and_senseless_settings_are_errors(override):
+    with pytest.raises(ConfigError):
+        load_pixel_config(Path("train/configs/pixels.yaml"), [override])
+
+
+def test_a_run_is_one_like_any_other_and_asked_in_one_view(tmp_path):
+    store = TileStore(make_store(tmp_path / "store"))
+    config = PixelConfig(store=str(store.folder), pixels_per_tile=500, epochs=1, hidden=[8])
+    scores = fit_run(config, tmp_path / "run", 1)
+    predict_run(tmp_path / "run", store)
+    records = read_folds(tmp_path / "run")
+    assert sorted(tile for record in records for tile in record["val_tiles"]) == sorted(store.tile_ids)
+    assert all(not set(record["train_tiles"]) & set(record["val_tiles"]) for record in records)
+    passes = load_passes(tmp_path / "run", store.tile_ids[0])
+    assert (passes == passes[:1]).all(), "further views bring nothing"
+    assert -1 <= scores["pooled"]["valid_pixels"]["binary"]["mcc"] <= 1
