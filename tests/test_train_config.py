@@ -19,7 +19,8 @@ from train.config import (
 CONFIGS = Path(__file__).resolve().parents[1] / "train" / "configs"
 
 
-CONFIG_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "ablations.yaml")  # no config
+OF_OTHER_COMMANDS = ("ablations.yaml", "pixels.yaml")
+CONFIG_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path.name not in OF_OTHER_COMMANDS)
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
@@ -185,3 +186,13 @@ def test_differing_keys_leaves_out_resources():
     assert differing_keys(Config(), changed) == ["optim.lr"]
     other_network = load_config(overrides=["model.args.encoder_depth=4"])
     assert differing_keys(Config(), other_network) == ["model.args.encoder_depth"]
+
+
+def test_a_retired_setting_of_an_older_run_is_passed_over_where_it_does_nothing(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  label_shift: [0, 0]\n  crop: 96\n")
+    assert load_config(path).data.crop == 96
+    assert from_dict({"data": {"label_shift": [0, 0]}}, "a run") == Config()
+    path.write_text("data:\n  label_shift: [0, -1]\n")
+    with pytest.raises(ConfigError, match="unknown key 'data.label_shift'"):
+        load_config(path)

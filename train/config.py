@@ -188,6 +188,8 @@ class Config:
 RESOURCE_KEYS = ("data.store", "data.workers", "train.threads", "trainer.accelerator")
 
 SCALINGS = ("statistics", "percentile")
+# Settings that are gone, and the value with which older runs that name them mean what is done now.
+RETIRED = {"data.label_shift": [0, 0]}
 ACCELERATORS = ("auto", "cpu", "gpu")
 PRECISIONS = ("auto", "32", "bf16", "16")
 SCHEDULES = ("plateau", "cosine", "restarts")
@@ -202,7 +204,7 @@ def load_config(path: Union[str, Path, None] = None, overrides: Sequence[str] = 
     """
     tree = OmegaConf.structured(Config)
     if path is not None:
-        tree = _merge(tree, _read_yaml(Path(path)), str(path))
+        tree = _merge(tree, _without_retired(_read_yaml(Path(path))), str(path))
     for override in overrides:
         tree = _merge(tree, parse_override(override), f"command line ({override})")
     return _finish(tree, str(path))
@@ -220,7 +222,8 @@ def to_dict(config: Config) -> dict:
 
 def from_dict(settings: dict, source: str) -> Config:
     """Return the config that `to_dict` stored; raises ConfigError, in which `source` is named."""
-    return _finish(_merge(OmegaConf.structured(Config), OmegaConf.create(settings), source), source)
+    changes = _without_retired(OmegaConf.create(settings))
+    return _finish(_merge(OmegaConf.structured(Config), changes, source), source)
 
 
 def change_config(config: Config, settings: dict, source: str) -> Config:
@@ -396,6 +399,15 @@ def _read_yaml(path: Path) -> DictConfig:
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"config {path} holds no mapping of settings; see train/configs/ for examples")
     return tree
+
+
+def _without_retired(changes: DictConfig) -> DictConfig:
+    """Return settings less those in RETIRED that have their harmless value; others stay, unknown."""
+    for key, harmless in RETIRED.items():
+        if OmegaConf.select(changes, key) == harmless:
+            group, _, name = key.rpartition(".")
+            del OmegaConf.select(changes, group)[name]
+    return changes
 
 
 def parse_override(override: str) -> DictConfig:
