@@ -23,6 +23,7 @@ from joblib import Parallel, delayed
 from prep.store import TileStore
 from solution import VIEWS, decide_classes
 from train.calibrate import Run, score
+from train.data import ALL_TILES
 from train.evaluate import load_passes, read_folds, usable_views
 from train.fit import RunError, write_whole
 from train.metrics import TileCounts, count_tile, score_tiles
@@ -383,8 +384,12 @@ def stored_size(record: Mapping) -> int:
 
 
 def kind_of(records: Sequence[Mapping]) -> Kind:
-    """Return what shipping a run takes; folds come in the order of their held-out scores, best first."""
-    by_score = sorted(records, key=lambda record: -record["val_mcc"])
+    """Return what shipping a run takes; folds come in the order of their held-out scores, best first.
+
+    A network of all tiles is shipped in the place of the folds, which tell what it is worth.
+    """
+    whole = [record for record in records if record["fold"] == ALL_TILES]
+    by_score = whole or sorted(records, key=lambda record: -record["val_mcc"])
     size = max(stored_size(record) for record in records)
     folds = tuple(record["fold"] for record in by_score)
     return Kind(count_gmac(records[0]["arch"]), size, folds, min(map(usable_views, records)))

@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from prep.labels import CODE_CLASSES, IGNORE
 from prep.store import TileStore
 from solution import BANDS, CLASS_NAMES, PixelNet, prepare_torch, valid_mask
 from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
-from train.data import as_clean, split_tiles
+from train.data import ALL_TILES, as_clean, split_tiles
 from train.evaluate import as_member, predict_views
 from train.fit import FOLD_FILE, FOLD_FORMAT, versions, write_whole
 from train.report import OOF_FOLDER, RUN_FILE, score_run
@@ -148,9 +148,10 @@ def fit_network(tiles: Iterable[Pixels], config: PixelConfig) -> PixelNet:
 
 
 def fit_run(config: PixelConfig, run_dir: Path, threads: int) -> dict:
-    """Fit every fold of the scheme, write `fold<k>/fold.pt` and the out-of-fold predictions; return scores.
+    """Fit every fold of the scheme, and a network on all tiles for submission; return the folds' scores.
 
-    Raises `prep.store.StoreError` where the store is incomplete or has no such scheme.
+    Writes `fold<k>/fold.pt`, for the last one with k = ALL_TILES, and the out-of-fold predictions. Raises
+    `prep.store.StoreError` where the store is incomplete or has no such scheme.
     """
     prepare_torch(threads)
     store = TileStore(config.store)
@@ -159,24 +160,27 @@ def fit_run(config: PixelConfig, run_dir: Path, threads: int) -> dict:
     about = {"model": "PixelNet", "scheme": config.scheme, "seed": config.seed}
     (run_dir / RUN_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
     drawn = draw_store(store, config)
-    records = []
-    for fold in folds:
-        started = time.monotonic()
-        train, val = split_tiles(store, config.scheme, fold)
-        network = fit_network([drawn[tile] for tile in train], config)
-        seconds = time.monotonic() - started
-        record = {**fold_record(config, fold, network, train, val), "seconds": seconds}
+    records = [fit_fold(config, store, drawn, fold) for fold in (*folds, ALL_TILES)]
+    for record in records:
         member = as_member(record)
-        for tile in val:
-            np.save(
-                run_dir / OOF_FOLDER / f"{tile}.npy", predict_views(member, store.image(tile), views=1)[0]
-            )
-        print(f"PixelNet, {config.scheme} fold {fold}: {len(train)} tiles, {seconds:.0f} s", flush=True)
-        records.append(record)
+        for tile in record["val_tiles"]:
+            probs = predict_views(member, store.image(tile), views=1)[0]
+            np.save(run_dir / OOF_FOLDER / f"{tile}.npy", probs)
     scores = score_run(run_dir, store)
     for record in records:
-        save_record(run_dir, record, scores["folds"][str(record["fold"])]["valid_pixels"])
+        save_record(run_dir, record, scores["folds"].get(str(record["fold"])))
     return scores
+
+
+def fit_fold(config: PixelConfig, store: TileStore, drawn: Mapping[str, Pixels], fold: int) -> dict:
+    """Return the record of one fold, or of all tiles, but for its scores."""
+    started = time.monotonic()
+    train, val = split_tiles(store, config.scheme, fold)
+    network = fit_network([drawn[tile] for tile in train], config)
+    seconds = time.monotonic() - started
+    name = "all tiles" if fold == ALL_TILES else f"fold {fold}"
+    print(f"PixelNet, {config.scheme}, {name}: {len(train)} tiles, {seconds:.0f} s", flush=True)
+    return {**fold_record(config, fold, network, train, val), "seconds": seconds}
 
 
 def fold_record(
@@ -208,10 +212,11 @@ def fold_record(
     }
 
 
-def save_record(run_dir: Path, record: dict, scores: dict) -> None:
-    """Write a fold's record with its scores over valid pixels."""
+def save_record(run_dir: Path, record: dict, scores: dict | None) -> None:
+    """Write a fold's record with its scores over valid pixels, NaN where there are none."""
     names = {"val_mcc": "binary", "val_mcc4": "four_class"}
-    found = {name: scores[task]["mcc"] if scores[task] else math.nan for name, task in names.items()}
+    valid = scores["valid_pixels"] if scores else dict.fromkeys(names.values())
+    found = {name: valid[task]["mcc"] if valid[task] else math.nan for name, task in names.items()}
     folder = run_dir / f"fold{record['fold']}"
     folder.mkdir(exist_ok=True)
     write_whole(folder / FOLD_FILE, lambda path: torch.save({**record, **found}, path))
