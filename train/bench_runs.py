@@ -371,7 +371,12 @@ def time_traced(
         return time_form(name, traced, x, expected, once)
 
 
-TASKS = {"whole": time_whole, "plain": time_plain, "scene": time_scene, "forms": time_forms}
+TASKS: dict[str, Callable[..., object]] = {
+    "whole": time_whole,
+    "plain": time_plain,
+    "scene": time_scene,
+    "forms": time_forms,
+}
 
 
 def main(request: str) -> None:

@@ -159,14 +159,17 @@ def predict(data: Path, out: Path, weights: Path) -> None:
 
 def score(data: Path, masks: Path) -> tuple[float, float]:
     """Return the MCC of masks over pixels with data: of four classes, and of glacier against the rest."""
-    truth, found = [], []
+    truths, founds = [], []
     for tile in solution.find_tiles(data):
-        mask = cv2.imread(str(masks / f"{Path(tile.name).stem}.png"), cv2.IMREAD_UNCHANGED)
+        path = masks / f"{Path(tile.name).stem}.png"
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        if mask is None:
+            raise ValueError(f"{path}: cannot be read as a mask; run solution.py again")
         label = solution.decode_tiff(data / "label" / tile.name)[0]
         valid = solution.valid_mask(solution.read_tile(tile))
-        truth.append(label[valid].astype(int))
-        found.append(mask[valid].astype(int))
-    truth, found = np.concatenate(truth), np.concatenate(found)
+        truths.append(label[valid].astype(int))
+        founds.append(mask[valid].astype(int))
+    truth, found = np.concatenate(truths), np.concatenate(founds)
     glacier = [solution.CLASS_VALUES[index] for index in solution.GLACIER_GROUP]
     extent = matthews_corrcoef(np.isin(truth, glacier), np.isin(found, glacier))
     return float(matthews_corrcoef(truth, found)), float(extent)

@@ -222,7 +222,8 @@ def _with_crf(settings: Settings) -> list[Settings]:
 
 def _with_cleaning(settings: Settings) -> list[Settings]:
     return [
-        settings._replace(postprocess=settings.postprocess._replace(**sizes)) for sizes in CLEANING_OPTIONS
+        settings._replace(postprocess=Postprocess(**{**settings.postprocess._asdict(), **sizes}))
+        for sizes in CLEANING_OPTIONS
     ]
 
 

@@ -91,7 +91,7 @@ class SEResUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, classes, H, W); H and W are multiples of 2^levels."""
-        skips = []
+        skips: list[Tensor] = []
         for block in self.down:
             x = block(nn.functional.max_pool2d(x, 2) if skips else x)
             skips.append(x)

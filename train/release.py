@@ -89,7 +89,7 @@ def check_reference(weights: Path) -> list[CheckResult]:
     if content["weights_sha256"] != sha256(weights) or content["scene"] != SCENE:
         return [judge(weights.name, "reference mask", [f"{REFERENCE} is of other weights"], remedy)]
     expected = cv2.imread(str(drawn), cv2.IMREAD_UNCHANGED)
-    if hashlib.sha256(expected.tobytes()).hexdigest() != content["mask_sha256"]:
+    if expected is None or hashlib.sha256(expected.tobytes()).hexdigest() != content["mask_sha256"]:
         return [judge(weights.name, "reference mask", [f"{REFERENCE_MASK} was changed"], remedy)]
     same = float((reference_mask(weights) == expected).mean())
     found, wanted = f"{same:.4%} of its pixels again", f"{AGREEMENT:.1%} of its pixels again"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 from train.check.budget import WHOLE_BATCH, Batch, check_budget
 from train.check.callers import COMMAND_LINES, check_command_line, check_maskgeration
@@ -73,7 +74,7 @@ def check_submission(
 def check_case(candidate: Candidate, case: Case) -> tuple[list[CheckResult], list[Outcome]]:
     """Run every caller on one set of tiles; return the results, and the masks that each of them got."""
     results, outcomes = [], []
-    callers = [partial(check_command_line, line=line) for line in COMMAND_LINES]
+    callers: list[Callable] = [partial(check_command_line, line=line) for line in COMMAND_LINES]
     for check in [*callers, check_maskgeration]:
         caller_results, caller_outcomes = check(candidate, case)
         results += caller_results

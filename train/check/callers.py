@@ -151,7 +151,7 @@ def check_maskgeration(candidate: Candidate, case: Case) -> tuple[list[CheckResu
     weights = str(candidate.workdir / "bare" / MODEL_FILE)
     with output_folder(candidate) as out:
         out.mkdir()
-        calls = {
+        calls: dict[str, list] = {
             f"{case.label}: maskgeration(bands, model.pth)": [case.band_folders, weights],
             f"{case.label}: maskgeration(bands, OUT)": [case.band_folders, str(out)],
             f"{case.label}: maskgeration(folder, model.pth)": [str(case.data), weights],

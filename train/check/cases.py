@@ -65,6 +65,8 @@ def lay_out_case(label: str, source: Path, folder: Path, most: int | None = None
 def copy_bands(files: TileFiles, data: Path) -> None:
     """Copy a tile's five files into band folders under `data`."""
     for band, path in zip(BANDS, files.paths):
+        if path is None:
+            raise ValueError(f"tile {files.tile_id}: no file in {band.folder}")
         (data / band.folder).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, data / band.folder / path.name)
 

@@ -39,10 +39,10 @@ class Submission(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """What is segmented: the first `count` tiles of `data`; where it is None, synthetic ones of `size` px."""
+    """What is segmented: the first `most` tiles of `data`; where it is None, synthetic ones of `size` px."""
 
     data: Path | None
-    count: int
+    most: int
     size: int
 
 
@@ -168,8 +168,8 @@ def lay_out_tiles(tiles: Tiles, workdir: Path) -> Case:
     source = tiles.data
     if source is None:
         source = workdir / "scenes"
-        write_sample(source, tiles.count, tiles.size, SAMPLE_SEED, "training", "phase2")
-    return lay_out_case("", source, workdir / "case", tiles.count)
+        write_sample(source, tiles.most, tiles.size, SAMPLE_SEED, "training", "phase2")
+    return lay_out_case("", source, workdir / "case", tiles.most)
 
 
 def check_in_grader(
@@ -243,13 +243,14 @@ def judge_finished(finished: Sequence[Finished], here: Place, numpy_2: Place) ->
     """Return the results of all jobs, and on whether their masks are the same everywhere."""
     results = [result for one in finished for result in one.results if is_counted(result, one, numpy_2)]
     reference = next((one.outcome for one in finished if one.job.place == here), None)
-    others = [one for one in finished if one.job.place != here and one.outcome]
+    others = [one for one in finished if one.job.place != here]
+    outcomes = [one.outcome for one in others if one.outcome]
     if reference is None:
         return [*results, judge("here", "masks", ["none"], "masks to compare with")]
-    results += [judge_against(reference, one) for one in others]
-    if others:
-        results.append(judge_agreement("all callers", [one.outcome for one in others]))
-    results.append(judge_life("all callers", [reference, *(one.outcome for one in others)]))
+    results += [judge_against(reference, one) for one in others if one.outcome]
+    if outcomes:
+        results.append(judge_agreement("all callers", outcomes))
+    results.append(judge_life("all callers", [reference, *outcomes]))
     return results
 
 
@@ -273,10 +274,9 @@ def share_of_same(one: Mask, other: Mask | None) -> float:
 
 def judge_against(reference: Outcome, finished: Finished) -> CheckResult:
     """Return whether a job's masks are those of the Python that runs this, tile by tile."""
-    shares = {
-        tile: share_of_same(mask, finished.outcome.masks.get(tile)) for tile, mask in reference.masks.items()
-    }
-    worst = min(shares, key=shares.get)
+    masks = finished.outcome.masks if finished.outcome else {}
+    shares = {tile: share_of_same(mask, masks.get(tile)) for tile, mask in reference.masks.items()}
+    worst = min(shares, key=lambda tile: shares[tile])
     subject = f"{finished.job.place.label}: {finished.job.name}"
     found = f"{shares[worst]:.4%} in tile {worst}, the worst"
     expected = f"{SAME_SHARE:.1%} of the pixels in every tile"

@@ -54,7 +54,7 @@ CAPABILITY_VERSION = 0x20080522
 MAY_READ_ALL = 1 << 2  # CAP_DAC_READ_SEARCH, kept: root goes on reading what belongs to others
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
-LAYERS = []  # what holds in this process, in words
+LAYERS: list = []  # what holds in this process, in words
 
 
 def is_writable(path, writable):
