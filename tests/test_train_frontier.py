@@ -1,10 +1,12 @@
 """Score against work of models of different kinds: what is scored, what it costs, what is best."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import TINY_ARCH
 from test_train_mixture import OTHER_ARCH, write_run
 from train_helpers import make_store
@@ -90,6 +92,20 @@ def mixed_score(runs: list[Path], store: TileStore) -> float:
         classes = decide_classes(0.25 * teacher + 0.75 * student)
         tiles.append(count_tile(row.tile_id, 0, row.labels, store.mask(row.tile_id), classes))
     return score(tiles)
+
+
+def test_networks_that_need_north_above_are_asked_once(
+    runs: list[Path], store: TileStore, tmp_path: Path
+) -> None:
+    shutil.copytree(runs[1], tmp_path / "north")
+    for path in (tmp_path / "north").glob("fold*/fold.pt"):
+        torch.save({**torch.load(path), "views": 1}, path)
+    models = [f"all={runs[0]}", f"north={tmp_path / 'north'}", f"both={runs[0]},{tmp_path / 'north'}"]
+    points = frontier.measure_points(frontier.read_candidates(models), store, jobs=1)
+    by_place = {(point.model, point.views): point for point in points}
+    assert ("north", 2) not in by_place
+    expected = 6 * count_gmac(TINY_ARCH) + count_gmac(OTHER_ARCH)
+    assert by_place["both", 6].gmac == pytest.approx(expected)
 
 
 def test_front_and_the_best_within_limits() -> None:

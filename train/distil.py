@@ -51,7 +51,7 @@ from train.data import (
     open_fold,
     tile_normalization,
 )
-from train.evaluate import as_member, predict_views, read_folds, scaled_for
+from train.evaluate import as_member, predict_views, read_folds, scaled_for, usable_views
 from train.fit import FOLD_FILE, Recipe, RunError, first_normalization, fit_all, write_whole
 from train.module import SegmentationModule
 from train.submission import sha256
@@ -97,7 +97,7 @@ def find_teachers(folders: Sequence[str], held_out: Sequence[str]) -> list[Teach
 
 
 def ask(teachers: Sequence[tuple[Member, dict]], image: np.ndarray) -> np.ndarray:
-    """Return the mean of the teachers' probabilities in all views, and where they know anything.
+    """Return the mean of the teachers' probabilities in all their views, and where they know anything.
 
     Args:
         teachers: members and their records.
@@ -106,7 +106,10 @@ def ask(teachers: Sequence[tuple[Member, dict]], image: np.ndarray) -> np.ndarra
     Returns:
         (H, W, 5) float16: four probabilities, then 1, or zeros where no band has a value.
     """
-    passes = [predict_views(scaled_for(member, record, image), image) for member, record in teachers]
+    passes = [
+        predict_views(scaled_for(member, record, image), image, usable_views(record))
+        for member, record in teachers
+    ]
     probs = np.mean([views.mean(axis=0, dtype=np.float32) for views in passes], axis=0)  # (4, H, W)
     known = valid_mask(image)
     answers = np.zeros((*known.shape, len(BANDS)), np.float16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator
 from prep.store import TileStore
 from solution import VIEWS, prepare_torch, usable_cores
 from train.calibrate import Run, score
-from train.evaluate import read_folds
+from train.evaluate import read_folds, usable_views
 from train.fit import RunError, write_whole
 from train.metrics import TileCounts
 from train.mixture import (
@@ -122,16 +122,17 @@ def measure_points(candidates: Sequence[Candidate], store: TileStore, jobs: int)
     runs = dict(zip(folders, open_runs(folders, store)))
     prepare_torch(usable_cores())
     image = store.image(store.tile_ids[0])
-    costs, sizes = {}, {}
+    costs, sizes, most = {}, {}, {}
     for folder in folders:
         record = read_folds(folder)[0]
         costs[folder], sizes[folder] = measure_cost([record], image), stored_size(record)
-    counts = count_candidates(candidates, runs, store, jobs)
+        most[folder] = usable_views(record)
+    counts = count_candidates(candidates, runs, store, most, jobs)
     reference = counts[0][-1]
     points = []
     for candidate, by_views in zip(candidates, counts):
         for views, tiles in enumerate(by_views, start=1):
-            work = total_cost([costs[folder] for folder in candidate.folders], views)
+            work = total_cost([(costs[f], min(views, most[f])) for f in candidate.folders])
             points.append(
                 Point(
                     candidate.name,
@@ -148,15 +149,23 @@ def measure_points(candidates: Sequence[Candidate], store: TileStore, jobs: int)
     return [point._replace(on_front=is_on_front(point, points)) for point in points]
 
 
-def total_cost(costs: Sequence[Cost], views: int) -> Cost:
-    """Return what one network of each run takes in so many views."""
-    return Cost(views * sum(cost.gmac for cost in costs), views * sum(cost.seconds for cost in costs))
+def total_cost(costs: Sequence[tuple[Cost, int]]) -> Cost:
+    """Return what one network of each run takes, each in so many views."""
+    gmac = sum(views * cost.gmac for cost, views in costs)
+    return Cost(gmac, sum(views * cost.seconds for cost, views in costs))
 
 
 def count_candidates(
-    candidates: Sequence[Candidate], runs: dict[Path, Run], store: TileStore, jobs: int
+    candidates: Sequence[Candidate],
+    runs: Mapping[Path, Run],
+    store: TileStore,
+    most: Mapping[Path, int],
+    jobs: int,
 ) -> list[list[list[TileCounts]]]:
-    """Return the counts of all tiles, [model][number of views - 1][tile]."""
+    """Return the counts of all tiles, [model][number of views - 1][tile].
+
+    `most` is in how many views the networks of a run can be asked.
+    """
     labels = {row.tile_id: row.labels for row in store.tiles}
 
     def count(tile: str) -> list[list[TileCounts]]:
@@ -164,15 +173,17 @@ def count_candidates(
         for candidate in candidates:
             own = [runs[folder] for folder in candidate.folders]
             prediction = load_prediction(own, store, labels, tile, stride=1)
+            limits = [most[folder] for folder in candidate.folders]
             mixes = [
-                normalised(Mix(candidate.weights, (views,) * len(own))) for views in range(1, len(VIEWS) + 1)
+                Mix(candidate.weights, tuple(min(views, limit) for limit in limits))
+                for views in range(1, max(limits) + 1)
             ]
-            found.append([count_mix(prediction, mix) for mix in mixes])
+            found.append([count_mix(prediction, normalised(mix)) for mix in mixes])
         return found
 
     by_tile = Parallel(n_jobs=jobs, prefer="threads")(delayed(count)(tile) for tile in store.tile_ids)
     return [
-        [[counts[model][views] for counts in by_tile] for views in range(len(VIEWS))]
+        [list(tiles) for tiles in zip(*(counts[model] for counts in by_tile))]
         for model in range(len(candidates))
     ]
 

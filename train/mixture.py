@@ -63,10 +63,12 @@ class Kind(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """The most that a model may take: bytes, and 10^9 multiply-adds for a tile of 512 x 512 px."""
+    """The most that a model may take: bytes, 10^9 multiply-adds for a tile of 512 x 512 px, and networks of
+    each run (None: all its folds)."""
 
     size: float = MAX_BYTES
     gmac: float = KNOWN_TO_PASS
+    networks: int | None = None
 
 
 class MixedPass(NamedTuple):
@@ -383,15 +385,15 @@ def stored_size(record: Mapping) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in to_half(record["state_dict"]).values())
 
 
-def kind_of(records: Sequence[Mapping]) -> Kind:
-    """Return what shipping a run takes; folds come in the order of their held-out scores, best first.
+def kind_of(records: Sequence[Mapping], most: int | None = None) -> Kind:
+    """Return what shipping a run takes; folds come in the order of their held-out scores, `most` at most.
 
     A network of all tiles is shipped in the place of the folds, which tell what it is worth.
     """
     whole = [record for record in records if record["fold"] == ALL_TILES]
     by_score = whole or sorted(records, key=lambda record: -record["val_mcc"])
     size = max(stored_size(record) for record in records)
-    folds = tuple(record["fold"] for record in by_score)
+    folds = tuple(record["fold"] for record in by_score)[:most]
     return Kind(count_gmac(records[0]["arch"]), size, folds, min(map(usable_views, records)))
 
 
@@ -421,7 +423,7 @@ def pack_mixture(
     for of_run in records:
         require_shippable(of_run)
     settings = read_calibration(calibration)
-    fitted = fit_mixture(runs, [kind_of(of_run) for of_run in records], store, budget, jobs)
+    fitted = fit_mixture(runs, [kind_of(of_run, budget.networks) for of_run in records], store, budget, jobs)
     content = assemble_mixture(fitted, records, settings)
     write_model(out, content, None, [format_mixture(fitted, budget)])
     write_json(out.with_name(f"{out.stem}_mixture.json"), fitted, run_dirs, budget)
