@@ -36,6 +36,7 @@ REMEDIES = (
     "free space",
     "change the order",
     "rename",
+    "check the files",
 )
 # Whole data sets may have nothing to train on: scenes that are all nodata, for one.
 EMPTY = ("no valid pixel", "no tile is worth keeping", "at least 2 are needed to split")
