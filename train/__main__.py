@@ -334,6 +334,7 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     mixture = parser.add_argument_group("several runs, or a budget")
     mixture.add_argument("--max-mb", type=float, help="most megabytes of the file (default: 300)")
     mixture.add_argument("--max-gmac", type=float, help="most 10^9 multiply-adds a tile (default: 160)")
+    mixture.add_argument("--networks", type=int, help="most networks of each run (default: all folds)")
     add_store_argument(mixture)
 
 
@@ -360,7 +361,11 @@ def pack_runs(arguments: argparse.Namespace) -> int:
 
     if arguments.passes:
         raise InputError("--passes: an order for a single run; several runs, or a budget, find their own")
-    given = {"size": (arguments.max_mb or 0) * 1e6, "gmac": arguments.max_gmac}
+    given = {
+        "size": (arguments.max_mb or 0) * 1e6,
+        "gmac": arguments.max_gmac,
+        "networks": arguments.networks,
+    }
     budget = Budget(**{name: value for name, value in given.items() if value})
     store, cores = TileStore(arguments.store), usable_cores()
     fitted = pack_mixture(arguments.run, store, arguments.calibration, arguments.out, budget, cores)
