@@ -18,7 +18,7 @@ from train import distil, package
 from train.__main__ import main
 from train.config import AugmentConfig, Config, ConfigError, DataConfig, load_config
 from train.data import ALL_TILES, CropDataset, load_tiles, open_fold
-from train.evaluate import as_member, read_folds
+from train.evaluate import as_member, read_fold, read_folds
 from train.fit import FOLD_FILE, RunError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "train" / "configs"
@@ -252,7 +252,7 @@ def test_an_interrupted_student_ends_as_an_uninterrupted_one(
     assert not (tmp_path / "cut" / "fold0" / FOLD_FILE).exists()
     resumed = fit_fold(config, 0, tmp_path / "cut", recipe=recipe)
     assert resumed["val_mcc"] == whole["val_mcc"]
-    states = [torch.load(tmp_path / name / "fold0" / FOLD_FILE)["state_dict"] for name in ("whole", "cut")]
+    states = [read_fold(tmp_path / name / "fold0" / FOLD_FILE)["state_dict"] for name in ("whole", "cut")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 

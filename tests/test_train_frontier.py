@@ -99,7 +99,7 @@ def test_networks_that_need_north_above_are_asked_once(
 ) -> None:
     shutil.copytree(runs[1], tmp_path / "north")
     for path in (tmp_path / "north").glob("fold*/fold.pt"):
-        torch.save({**torch.load(path), "views": 1}, path)
+        torch.save({**torch.load(path, weights_only=True), "views": 1}, path)
     models = [f"all={runs[0]}", f"north={tmp_path / 'north'}", f"both={runs[0]},{tmp_path / 'north'}"]
     points = frontier.measure_points(frontier.read_candidates(models), store, jobs=1)
     by_place = {(point.model, point.views): point for point in points}

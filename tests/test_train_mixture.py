@@ -233,7 +233,7 @@ def test_the_packed_model_answers_with_the_weighted_mean(
     model = solution.load_model(tmp_path / "model.pth")
     image, total = store.image("000"), np.zeros((4, 96, 96))
     for run, fold, view in plan["passes"]:
-        record = torch.load(runs[run] / f"fold{fold}" / FOLD_FILE)
+        record = torch.load(runs[run] / f"fold{fold}" / FOLD_FILE, weights_only=True)
         network = solution.build_network(record["arch"]).eval()
         network.load_state_dict(record["state_dict"])
         x = torch.from_numpy(solution.normalize(image, record["normalization"]))[None]

@@ -63,7 +63,8 @@ def test_no_file_of_others_is_executed(path):
             assert keyword(call, "weights_only") == "True", where
         if name.endswith("load_from_checkpoint") or name.endswith(".read_pickle"):
             pytest.fail(where)
-        assert keyword(call, "allow_pickle") in (None, "False"), where
+        if not name.endswith(".save"):  # hostile files have to be made
+            assert keyword(call, "allow_pickle") in (None, "False"), where
         assert keyword(call, "shell") in (None, "False"), where
         assert keyword(call, "trust_remote_code") is None, where
 

@@ -212,10 +212,10 @@ def fold_record(
     }
 
 
-def save_record(run_dir: Path, record: dict, scores: dict | None) -> None:
+def save_record(run_dir: Path, record: dict, scores: Mapping | None) -> None:
     """Write a fold's record with its scores over valid pixels, NaN where there are none."""
     names = {"val_mcc": "binary", "val_mcc4": "four_class"}
-    valid = scores["valid_pixels"] if scores else dict.fromkeys(names.values())
+    valid: Mapping = scores["valid_pixels"] if scores else dict.fromkeys(names.values())
     found = {name: valid[task]["mcc"] if valid[task] else math.nan for name, task in names.items()}
     folder = run_dir / f"fold{record['fold']}"
     folder.mkdir(exist_ok=True)
