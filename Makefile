@@ -21,6 +21,7 @@ RUNS ?=
 MAX_MB ?= 300
 MAX_GMAC ?= 160
 NETWORKS ?=
+OOF ?=
 MODELS ?=
 FRONTIER ?= reports/frontier.md
 ABLATIONS ?= train/configs/ablations.yaml
@@ -148,7 +149,7 @@ train-mixed: ## how the shipped WEIGHTS are made: two U-Nets and the network on 
 		CONFIG=train/configs/$$kind.yaml || exit 1; done
 	@$(MAKE) --no-print-directory pixels
 	$(PY) -m train evaluate --run runs/pixels-$(SCHEME) --store $(STORE)
-	@$(MAKE) --no-print-directory mix MAX_MB=70 NETWORKS=3 CALIBRATION= \
+	@$(MAKE) --no-print-directory mix MAX_MB=70 NETWORKS=3 CALIBRATION= OOF=runs/mixed-$(SCHEME) \
 		RUNS="runs/imagenet-$(SCHEME) runs/directional-$(SCHEME) runs/pixels-$(SCHEME)"
 
 report: setup ## compare U-Net and baseline on both kinds of folds: reports/, and reports/index.html with all tiles
@@ -175,7 +176,7 @@ distill: setup ## students of the runs TEACHERS, fold by fold, into STUDENT, and
 mix: setup ## WEIGHTS of the evaluated runs RUNS, weighed against each other, within MAX_MB and MAX_GMAC
 	@test -n "$(RUNS)" || { echo "make mix RUNS='runs/a runs/b' [MAX_MB=300] [MAX_GMAC=160] [WEIGHTS=...]"; exit 2; }
 	$(PY) -m train pack $(foreach run,$(RUNS),--run $(run)) --store $(STORE) --max-mb $(MAX_MB) --max-gmac $(MAX_GMAC) \
-		$(if $(NETWORKS),--networks $(NETWORKS)) $(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION)) --out $(WEIGHTS)
+		$(if $(NETWORKS),--networks $(NETWORKS)) $(if $(OOF),--oof $(OOF)) $(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION)) --out $(WEIGHTS)
 
 frontier: setup ## score against work of MODELS='teacher=runs/a student=runs/b both=runs/a,runs/b': reports/frontier.md
 	@test -n "$(MODELS)" || { echo "make frontier MODELS='teacher=runs/a student=runs/b both=runs/a,runs/b'"; exit 2; }

@@ -334,6 +334,7 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     mixture = parser.add_argument_group("several runs, or a budget")
     mixture.add_argument("--max-mb", type=float, help="most megabytes of the file (default: 300)")
     mixture.add_argument("--max-gmac", type=float, help="most 10^9 multiply-adds a tile (default: 160)")
+    mixture.add_argument("--oof", type=Path, help="folder: a run of the mixture's out-of-fold predictions")
     mixture.add_argument("--networks", type=int, help="most networks of each run (default: all folds)")
     add_store_argument(mixture)
 
@@ -357,7 +358,8 @@ def pack_runs(arguments: argparse.Namespace) -> int:
     """Choose and weigh the passes of some runs under a budget, and pack their networks."""
     from prep.store import TileStore
     from solution import InputError, usable_cores
-    from train.mixture import Budget, mixture_table, pack_mixture
+    from train.mixture import Budget, mixture_table, pack_mixture, write_out_of_fold
+    from train.report import find_scheme
 
     if arguments.passes:
         raise InputError("--passes: an order for a single run; several runs, or a budget, find their own")
@@ -369,6 +371,8 @@ def pack_runs(arguments: argparse.Namespace) -> int:
     budget = Budget(**{name: value for name, value in given.items() if value})
     store, cores = TileStore(arguments.store), usable_cores()
     fitted = pack_mixture(arguments.run, store, arguments.calibration, arguments.out, budget, cores)
+    if arguments.oof:
+        write_out_of_fold(fitted, arguments.run, store, find_scheme(arguments.run[0]), arguments.oof)
     print(mixture_table(fitted))
     print(
         f"score with choices of each fold made on the others {fitted.nested:.4f}, {fitted.gain:+.4f} ± "

@@ -37,6 +37,7 @@ from train.package import (
     write_model,
 )
 from train.pareto import KNOWN_TO_PASS, count_gmac, markdown_table, mcc_text, open_runs
+from train.report import OOF_FOLDER, RUN_FILE
 
 # The order that `reports/pareto.md` found for earlier networks: fixed, so that it need not be nested.
 VIEW_ORDER = (0, 4, 3, 5, 2, 1)
@@ -145,14 +146,19 @@ def load_predictions(runs: Sequence[Run], store: TileStore, stride: int, jobs: i
     return Parallel(n_jobs=jobs, prefer="threads")(delayed(load)(tile) for tile in store.tile_ids)
 
 
-def count_mix(prediction: Prediction, mix: Mix) -> TileCounts:
-    """Return the counts of a tile under a mix."""
-    probs = sum(
+def mean_of_runs(prediction: Prediction, mix: Mix) -> np.ndarray:
+    """Return the probabilities (4, h, w) float32 of a tile under a mix."""
+    parts = [
         weight * means[views - 1].astype(np.float32)
         for weight, views, means in zip(mix.weights, mix.views, prediction.means)
         if weight and views
-    )
-    classes = decide_classes(np.asarray(probs))
+    ]
+    return np.sum(parts, axis=0)
+
+
+def count_mix(prediction: Prediction, mix: Mix) -> TileCounts:
+    """Return the counts of a tile under a mix."""
+    classes = decide_classes(mean_of_runs(prediction, mix))
     return count_tile(prediction.tile_id, prediction.fold, prediction.labels, prediction.codes, classes)
 
 
@@ -375,6 +381,29 @@ def error_of_difference(tiles: Sequence[TileCounts], others: Sequence[TileCounts
         for out in range(count)
     ]
     return float(np.std(gains) * np.sqrt(count - 1))
+
+
+def write_out_of_fold(
+    fitted: Fitted, run_dirs: Sequence[Path], store: TileStore, scheme: str, folder: Path
+) -> None:
+    """Write what the mixture says of every tile, with the mix that was chosen on the other folds, as a run.
+
+    Args:
+        fitted: what `fit_mixture` returned for the runs.
+        run_dirs: the runs.
+        store: the tiles.
+        scheme: of the runs' folds.
+        folder: of the run that is made: `oof/` and `run.json`, for `report` and `evaluate`.
+    """
+    (folder / OOF_FOLDER).mkdir(parents=True, exist_ok=True)
+    labels = {row.tile_id: row.labels for row in store.tiles}
+    runs = open_runs(run_dirs, store)
+    for tile in store.tile_ids:
+        prediction = load_prediction(runs, store, labels, tile, stride=1)
+        mix = fitted.by_fold.get(prediction.fold, fitted.plan.mix)
+        np.save(folder / OOF_FOLDER / f"{tile}.npy", mean_of_runs(prediction, mix).astype(np.float16))
+    about = {"model": "mixture", "scheme": scheme, "runs": list(fitted.runs)}
+    (folder / RUN_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
 # --- Packing ------------------------------------------------------------------------------------------------

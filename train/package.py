@@ -259,6 +259,7 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None, section
     views = len({view for _, view in content["passes"]})
     ordered = "the most useful first (`reports/pareto.md`)" if provenance["ordered_on"] else "in turn"
     folds = "\n".join(f"| {fold_name(member)} | {mcc_or_none(member['val_mcc'])} |" for member in members)
+    command = "train-mixed" if any("run" in member for member in members) else "train-all"
     further = "".join(f"\n{section}\n" for section in sections)
     return f"""# Model card of {weights.name}
 
@@ -269,7 +270,7 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None, section
 without the tiles of its fold ({provenance["scheme"]} folds)
 - Steps: {format_steps(config, members[0]["arch"])}
 - Made with: {", ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
-- Command: `make train-all DATA=<folder with Band1 ... Band5 and the labels>`
+- Command: `make {command} DATA=<folder with Band1 ... Band5 and the labels>`
 
 ## Scores
 
