@@ -18,7 +18,7 @@ from train import baseline
 from train.__main__ import main
 from train.evaluate import as_member, load_passes, predict_run, read_folds
 from train.package import pack, to_half
-from train.pareto import count_gmac
+from train.work import count_gmac
 
 SETTINGS = {
     "max_iter": 40,

@@ -13,7 +13,6 @@ from train.check.budget import (
     Batch,
     Plan,
     check_budget,
-    count_gmac,
     judge_memory,
     judge_seconds,
     judge_work,
@@ -22,6 +21,7 @@ from train.check.budget import (
 from train.check.masks import Outcome, judge_agreement
 from train.check.processes import Candidate
 from train.check.verdict import CheckResult, format_results
+from train.work import count_gmac
 
 B0 = {"encoder_name": "efficientnet-b0"}
 

@@ -19,7 +19,8 @@ from train.calibrate import score
 from train.fit import RunError
 from train.frontier import Candidate, Point
 from train.metrics import count_tile
-from train.pareto import Scores, count_gmac
+from train.pareto import Scores
+from train.work import count_gmac
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,9 @@ from train.package import (
     to_half,
     write_model,
 )
-from train.pareto import KNOWN_TO_PASS, count_gmac, markdown_table, mcc_text, open_runs
+from train.pareto import KNOWN_TO_PASS, markdown_table, mcc_text, open_runs
 from train.report import OOF_FOLDER, RUN_FILE
+from train.work import count_gmac
 
 # The order that `reports/pareto.md` found for earlier networks: fixed, so that it need not be nested.
 VIEW_ORDER = (0, 4, 3, 5, 2, 1)

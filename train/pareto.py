@@ -23,18 +23,13 @@ import torch
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from torch.utils.flop_counter import FlopCounterMode
 
 from prep.store import TileStore
 from solution import (
-    BANDS,
     VIEWS,
-    WINDOW,
-    BoostedTrees,
     Model,
     Pass,
     Postprocess,
-    build_network,
     decide_classes,
     ensemble_probabilities,
     prepare_torch,
@@ -45,11 +40,9 @@ from train.evaluate import as_member, load_passes, read_folds
 from train.fit import RunError, write_whole
 from train.metrics import TileCounts, count_tile, score_tiles
 from train.report import DPI, score_run
+from train.work import count_gmac
 
 KNOWN_TO_PASS = 160  # GMAC a tile: the most that is known to have passed the platform (one entrant's runs)
-# What takes as long as one test of a tree: on one core, 800 trees of 30 tests take 3.9 s a tile, a U-Net of
-# 31.8 GMAC (resnet34 with scse) 0.95 s.
-MULTIPLY_ADDS_OF_A_TEST = 20
 REPEATS = 5  # of a timed pass
 TIMED_TILES = 3  # for the steps after the passes
 CLEANING = "specks and holes"  # a key of calibrate.STEPS
@@ -392,17 +385,6 @@ def expand(
 
 
 # --- Work and time ------------------------------------------------------------------------------------------
-
-
-def count_gmac(arch: Mapping) -> float:
-    """Return the 10^9 multiply-adds of a pass over a tile of 512 x 512 px; of trees, what takes as long."""
-    network = build_network(arch).eval()
-    if isinstance(network, BoostedTrees):
-        tests = sum(network.trees) * (network.LEAVES - 1)
-        return MULTIPLY_ADDS_OF_A_TEST * tests * WINDOW**2 / 1e9
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, len(BANDS), WINDOW, WINDOW))
-    return counter.get_total_flops() / 2 / 1e9  # it counts a multiplication and an addition as two
 
 
 def median_seconds(works: Sequence[Callable[[], object]]) -> float:

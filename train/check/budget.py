@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from prep.synthetic import write_sample
 from solution import (
-    BANDS,
     MODEL_FILE,
     InputError,
-    build_network,
     read_model_file,
     usable_cores,
 )
@@ -29,6 +23,7 @@ from train.check.processes import Candidate, Run, judge_run, run_bare, submitted
 from train.check.verdict import CheckResult, judge
 from train.memory import peak_memory
 from train.package import TIME_BUDGET
+from train.work import count_gmac
 
 KNOWN_SECONDS = TIME_BUDGET  # in all, starting Python included
 KNOWN_GMAC = 160.0  # a tile
@@ -65,22 +60,6 @@ class TimedRun(NamedTuple):
 
 
 # --- The work of a model --------------------------------------------------------------------------
-
-
-def count_gmac(arch: Mapping) -> float:
-    """Return the billions of multiply-adds of a network's pass over a tile of 512 x 512 px.
-
-    Only shapes are computed. Of two floating-point operations that are counted, one is a multiplication.
-    """
-    return _count_gmac(json.dumps(arch, sort_keys=True))
-
-
-@lru_cache(maxsize=None)
-def _count_gmac(arch: str) -> float:
-    network = build_network(json.loads(arch)).eval().to("meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, len(BANDS), TILE_SIZE, TILE_SIZE, device="meta"))
-    return counter.get_total_flops() / 2 / 1e9
 
 
 def read_plan(weights: Path) -> Plan:
