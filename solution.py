@@ -1104,6 +1104,9 @@ class Model(NamedTuple):
     postprocess: Postprocess
     time_budget: float  # seconds that a run may take, infinite where it may take any
     device: torch.device
+    pace: Optional[Dict[int, float]] = (
+        None  # seconds a pixel of each member's latest pass, learned on the way
+    )
 
 
 def find_weights(given: Optional[PathLike] = None) -> Path:
@@ -1242,6 +1245,7 @@ def load_model(path: PathLike) -> Model:
             Postprocess(**content["postprocess"]),
             float(content.get("time_budget") or math.inf),
             device,
+            {},
         )
         check_settings(model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -1328,18 +1332,22 @@ def ensemble_probabilities(
         image: (H, W, 5) physical units, NaN where nodata.
         passes: which to make, in this order, at least one.
         until: time of `time.perf_counter` after which none should end. The first is always made; a further
-            one is where the slowest so far would fit.
+            one is where its member's latest pass, on this image or one before, would fit; of a member
+            without any, the slowest of the others'.
     """
     height, width = image.shape[:2]
     sums: Dict[int, torch.Tensor] = {}
     made: Counter = Counter()  # passes of each member
-    slowest, before = 0.0, time.perf_counter()
+    pace = {} if model.pace is None else model.pace
+    following = [number for number, _ in passes[1:]]
+    before = time.perf_counter()
     for (number, _), probs in zip(passes, probability_maps(model, image, passes)):
         sums[number] = sums[number] + probs if number in sums else probs
         made[number] += 1
         now = time.perf_counter()
-        slowest, before = max(slowest, now - before), now
-        if now + slowest > until:
+        pace[number], before = (now - before) / (height * width), now
+        after = following.pop(0) if following else number
+        if now + pace.get(after, max(pace.values())) * height * width > until:
             break
     total = sum(model.members[number].weight / made[number] * maps for number, maps in sums.items())
     mean = to_array(total[0, :, :height, :width])

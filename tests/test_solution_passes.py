@@ -1,5 +1,7 @@
 """Views, averages, padding and windows: what happens between a normalised tile and its class indices."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -262,3 +264,17 @@ def test_a_window_without_values_does_not_touch_its_neighbours():
     image[:520] = np.nan
     classes = solution.predict_classes(in_memory(Constant()), image).classes
     assert (classes[:520] == 0).all() and (classes[520:] == 1).all()
+
+
+def test_a_pass_that_is_known_to_be_slow_is_not_begun():
+    model = in_memory(pixelwise(0), pixelwise(1), views=2)._replace(pace={1: 1.0})
+    image = np.full((64, 64, 5), 0.5, np.float32)
+    soon = time.perf_counter() + 1000  # s; a pass of member 1 is said to take 64 * 64
+
+    def made(*passes: tuple[int, int]) -> int:
+        pairs = [solution.Pass(*one) for one in passes]
+        return solution.ensemble_probabilities(model, image, pairs, soon).passes
+
+    assert made((0, 0), (1, 0)) == 1
+    assert 0 < model.pace[0] < 1, "what the first member took was learned"
+    assert made((0, 0), (0, 1), (1, 0)) == 2
