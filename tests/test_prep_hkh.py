@@ -609,7 +609,7 @@ def test_command_line_from_sample_to_store(tmp_path, capsys):
             ["--scenes", "x", "--labels", "y.shp", "--max-background", "80"],
             "--max-background is 80.0, expected a share",
         ),
-        (["--scenes", "x", "--labels", "y.shp"], "y.shp: cannot be read as polygons"),
+        (["--scenes", "x", "--labels", "y.shp"], "y.shp: is no file that can be reached"),
     ],
 )
 def test_wrong_use_is_answered_with_a_message_and_2(options, message, tmp_path, capsys, monkeypatch):
