@@ -185,6 +185,9 @@ def test_agreement_is_the_share_of_equal_pixels(tmp_path):
     changed[0, :4] = 85
     cv2.imwrite(str(folders[1] / "b.png"), changed)
     assert bench.compare_masks(*folders) == 1 - 4 / 400
+    (folders[1] / "b.png").write_bytes(b"cut off")
+    with pytest.raises(BenchError, match="b.png: cannot be read"):
+        bench.compare_masks(*folders)
     (folders[0] / "a.png").unlink()
     with pytest.raises(BenchError, match="expected those of the same tiles"):
         bench.compare_masks(*folders)

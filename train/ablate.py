@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
 
@@ -150,10 +151,11 @@ def read_set(path: Path) -> tuple[list[Trial], str]:
         tree = OmegaConf.load(path) if path.is_file() else None
         if not isinstance(tree, DictConfig):
             raise ConfigError(f"{path}: found no set of trials; see train/configs/ablations.yaml")
-        spec: SetSpec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SetSpec), tree))
+        spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SetSpec), tree))
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{path}: {error.full_key or 'set of trials'}: {reason}") from error
+    assert isinstance(spec, SetSpec)  # the schema merged with
     trials = [_read_trial(path, spec.base, name, trial) for name, trial in spec.trials.items()]
     if spec.reference not in spec.trials:
         raise ConfigError(
@@ -277,7 +279,7 @@ def fit_and_predict(config_file: Path, folder: Path, fold: int, views: int) -> N
         if not _is_fresh(folder, tile, checkpoint):
             image = store.image(tile)
             probs = mean_of_views(predict_views(scaled_for(member, record, image), image, views))
-            write_whole(folder / OOF_FOLDER / f"{tile}.npy", lambda part, probs=probs: _save(part, probs))
+            write_whole(folder / OOF_FOLDER / f"{tile}.npy", partial(_save, array=probs))
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -479,10 +481,9 @@ def _four_class_table(rows: Sequence[Row], folds: Sequence[int]) -> tuple[list[s
 def _settings_table(rows: Sequence[Row], reference: Row) -> list[list[str]]:
     lines = []
     for row in rows:
-        known = row.config is not None and reference.config is not None
-        changed = (
-            describe_differences(without_seed(row.config), without_seed(reference.config)) if known else ""
-        )
+        changed = ""
+        if row.config is not None and reference.config is not None:
+            changed = describe_differences(without_seed(row.config), without_seed(reference.config))
         lines.append([row.name, f"`{changed}`" if changed else NONE, row.about or NONE])
     return lines
 

@@ -210,18 +210,27 @@ def compare_masks(one: Path, other: Path) -> float:
     """Return the share of pixels that have the same class in the PNGs of two folders.
 
     Raises:
-        BenchError: the folders hold masks of other tiles.
+        BenchError: the folders hold masks of other tiles, or a mask cannot be read.
     """
     names = [sorted(path.name for path in folder.glob("*.png")) for folder in (one, other)]
     if names[0] != names[1] or not names[0]:
         raise BenchError(
             f"masks to compare: found {names[0]} and {names[1]}, expected those of the same tiles"
         )
-    masks = [
-        [cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED) for name in names[0]] for folder in (one, other)
-    ]
-    same = sum(np.count_nonzero(a == b) for a, b in zip(*masks))
-    return same / sum(mask.size for mask in masks[0])
+    same = total = 0
+    for name in names[0]:
+        a, b = (read_mask(folder / name) for folder in (one, other))
+        same += int(np.count_nonzero(a == b))
+        total += a.size
+    return same / total
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Return the values of a mask, (H, W) uint8; BenchError where it cannot be read."""
+    mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if mask is None:
+        raise BenchError(f"{path}: cannot be read as a mask; run `make bench` again")
+    return mask
 
 
 def measure(data: Path | None, tiles: int, weights: Path, sizes: Sizes) -> Measurements:

@@ -217,7 +217,9 @@ def save_config(config: Config, path: Union[str, Path]) -> None:
 
 def to_dict(config: Config) -> dict:
     """Return the config as plain nested dicts, lists, numbers and strings."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(settings, dict)
+    return settings
 
 
 def from_dict(settings: dict, source: str) -> Config:
@@ -226,7 +228,7 @@ def from_dict(settings: dict, source: str) -> Config:
     return _finish(_merge(OmegaConf.structured(Config), changes, source), source)
 
 
-def change_config(config: Config, settings: dict, source: str) -> Config:
+def change_config(config: Config, settings: Union[dict, DictConfig], source: str) -> Config:
     """Return a config changed by nested settings such as {"optim": {"lr": 3e-4}}, as by a YAML file.
 
     Raises ConfigError, in which `source` is named.
@@ -424,8 +426,9 @@ def _merge(tree: DictConfig, changes: DictConfig, source: str) -> DictConfig:
     A network's arguments mean nothing to another: changes that give both its name and its arguments replace
     all arguments, where others only add to them.
     """
-    for group in changes:
-        if OmegaConf.is_dict(tree.get(str(group))) and not OmegaConf.is_dict(changes[group]):
+    for name in changes:
+        group = str(name)
+        if OmegaConf.is_dict(tree.get(group)) and not OmegaConf.is_dict(changes[name]):
             allowed = ", ".join(f"{group}.{key}" for key in tree[group])
             raise ConfigError(f"{source}: '{group}' is a group of settings and takes no value; set {allowed}")
     try:
@@ -433,11 +436,13 @@ def _merge(tree: DictConfig, changes: DictConfig, source: str) -> DictConfig:
         if model is not None and {"name", "args"} <= set(model):
             tree = tree.copy()
             tree.model.args = {}
-        return OmegaConf.merge(tree, changes)
+        merged = OmegaConf.merge(tree, changes)
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise ConfigError(f"{source}: {_explain_unknown(tree, error.full_key)}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {_reason(error)}") from error
+    assert isinstance(merged, DictConfig)  # as the tree is
+    return merged
 
 
 def _finish(tree: DictConfig, source: str) -> Config:
@@ -446,6 +451,7 @@ def _finish(tree: DictConfig, source: str) -> Config:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # a missing value or a broken interpolation
         raise ConfigError(f"{source}: {_reason(error)}") from error
+    assert isinstance(config, Config)  # the tree's schema
     check_config(config)
     return config
 
@@ -454,7 +460,7 @@ def _reason(error: OmegaConfBaseException) -> str:
     return f"{error.full_key or 'settings'}: {str(error.msg or error).splitlines()[0]}"
 
 
-def _explain_unknown(tree: DictConfig, full_key: str) -> str:
+def _explain_unknown(tree: DictConfig, full_key: Optional[str]) -> str:
     group = str(full_key).rpartition(".")[0]
     node = OmegaConf.select(tree, group) if group else tree
     allowed = ", ".join(str(key) for key in node) if isinstance(node, DictConfig) else "nothing below it"

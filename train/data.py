@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -130,7 +130,24 @@ def as_clean(codes: np.ndarray) -> np.ndarray:
     return np.where(codes == GLACIER_OR_DEBRIS, np.uint8(CLASS_NAMES.index("glacier")), codes)
 
 
-class StoredTiles(Sequence):
+Item = TypeVar("Item", covariant=True)
+
+
+class Indexed(Protocol[Item]):
+    """Items by their number, as in a list; others than lists may read an item when it is asked for."""
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+
+    def __getitem__(self, index: int, /) -> Item:
+        """Return one item; IndexError beyond the last one."""
+
+    def __iter__(self) -> Iterator[Item]:
+        """Go through all items."""
+        return (self[index] for index in range(len(self)))
+
+
+class StoredTiles(Indexed[Tile]):
     """Tiles that are read from the store when they are asked for; otherwise the same as `load_tiles`."""
 
     def __init__(
@@ -166,7 +183,7 @@ class StoredTiles(Sequence):
         return as_clean(codes) if self.unsplit == "clean" else codes
 
 
-class StoredCodes(Sequence):
+class StoredCodes(Indexed[np.ndarray]):
     """The label codes of StoredTiles, read one at a time."""
 
     def __init__(self, tiles: StoredTiles) -> None:
@@ -190,7 +207,7 @@ class PixelSampler:
     those whose label is a set that holds the class.
     """
 
-    def __init__(self, masks: Sequence[np.ndarray], class_shares: Sequence[float]) -> None:
+    def __init__(self, masks: Indexed[np.ndarray], class_shares: Sequence[float]) -> None:
         """Find out which of `masks`, each (H, W) uint8 label codes, hold which class.
 
         The pixels themselves are kept for masks in a list; StoredCodes are searched again at each draw.
@@ -349,7 +366,7 @@ class CropDataset(Dataset):
     """Training crops. Item `epoch * len + i` depends on seed, epoch and i only, so runs can be resumed."""
 
     def __init__(
-        self, tiles: Sequence[Tile], normalization: dict, data: DataConfig, augment: AugmentConfig, seed: int
+        self, tiles: Indexed[Tile], normalization: dict, data: DataConfig, augment: AugmentConfig, seed: int
     ) -> None:
         """Prepare crops of `tiles`; `normalization` is what their values were normalised with."""
         self.tiles = tiles
@@ -359,8 +376,8 @@ class CropDataset(Dataset):
         self.mix = data.mix
         self.seed = seed
         self.length = data.steps_per_epoch * data.batch_size
-        stored = isinstance(tiles, StoredTiles)
-        masks = StoredCodes(tiles) if stored else [tile.codes for tile in tiles]
+        masks: Indexed[np.ndarray]
+        masks = StoredCodes(tiles) if isinstance(tiles, StoredTiles) else [tile.codes for tile in tiles]
         self.pixels = PixelSampler(masks, data.class_shares)
         cv2.setNumThreads(1)  # crops are small; the cores are busy with the network
 
@@ -441,7 +458,7 @@ class EpochSampler(Sampler):
 class TileDataset(Dataset):
     """Whole tiles, not augmented: image (5, H, W) float32 with nodata 0, codes (H, W) uint8."""
 
-    def __init__(self, tiles: Sequence[Tile]) -> None:
+    def __init__(self, tiles: Indexed[Tile]) -> None:
         """Serve `tiles` in their order."""
         self.tiles = tiles
 
@@ -481,6 +498,8 @@ def open_fold(config: Config, fold: int, normalization: Optional[dict] = None) -
         statistics = store.stats if config.data.scheme == SPLIT_SCHEME else compute(store, train_ids)
         normalization = {"mean": statistics["mean"], "std": statistics["std"]}
     scaling = config.data.scaling
+    tiles: Indexed[Tile]
+    val_tiles: Indexed[Tile]
     if len(store.tile_ids) > IN_MEMORY_TILES:
         unsplit = config.data.unsplit_glacier
         tiles = StoredTiles(store, train_ids, normalization, unsplit, scaling)

@@ -16,7 +16,7 @@ import json
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
+from typing import Callable, Iterable, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from train.data import (
     CropDataset,
     EpochSampler,
     FoldData,
+    Indexed,
     Tile,
     TileDataset,
     load_tiles,
@@ -197,7 +198,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 # --- Answers ------------------------------------------------------------------------------------------------
 
 
-class Answers(Sequence):
+class Answers(Indexed[Tile]):
     """The teachers' answers to some tiles as tiles themselves, read when they are asked for.
 
     `values` are four probabilities and, where a band would be, 1; `weights` are 1 where they know anything.
@@ -213,7 +214,7 @@ class Answers(Sequence):
         """Return the number of tiles."""
         return len(self.paths)
 
-    def __getitem__(self, index: Any) -> Tile:
+    def __getitem__(self, index: int) -> Tile:
         """Read one tile's answers."""
         return self._read(self.paths[index])
 
@@ -225,7 +226,7 @@ def read_answers(path: Path) -> Tile:
     return Tile(path.stem, values, weights, np.full(values.shape[:2], IGNORE, np.uint8))
 
 
-class AnsweredTiles(Sequence):
+class AnsweredTiles(Indexed[Tile]):
     """Images without labels as tiles, read when they are asked for; `codes` are what the teachers decide.
 
     The codes say which pixels crops are drawn around, and nothing else.
@@ -243,7 +244,7 @@ class AnsweredTiles(Sequence):
         """Return the number of tiles."""
         return len(self.images.names)
 
-    def __getitem__(self, index: Any) -> Tile:
+    def __getitem__(self, index: int) -> Tile:
         """Read one tile."""
         if not 0 <= index < len(self):
             raise IndexError(index)

@@ -57,7 +57,7 @@ def read_folds(run_dir: Path) -> list[dict]:
     return sorted((read_fold(path) for path in paths), key=lambda record: record["fold"])
 
 
-def as_member(record: dict) -> Member:
+def as_member(record: Mapping) -> Member:
     """Return a fold as a member of an ensemble, loaded as the submission loads it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return load_member({**record, "weight": 1.0}, f"fold {record['fold']}", device)
@@ -72,7 +72,7 @@ def predict_views(member: Member, image: np.ndarray, views: int = len(VIEWS)) ->
     return np.stack(maps).astype(np.float16)
 
 
-def scaled_for(member: Member, record: dict, image: np.ndarray) -> Member:
+def scaled_for(member: Member, record: Mapping, image: np.ndarray) -> Member:
     """Return a fold's member with the normalisation of `image` that the fold was trained with."""
     scaling = record.get("scaling", "statistics")  # records of older runs say nothing
     return member._replace(normalization=tile_normalization(image, scaling, record["normalization"]))
@@ -108,7 +108,9 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
             checkpoint = run_dir / f"fold{record['fold']}" / FOLD_FILE
             todo = [tile for tile in record["val_tiles"] if not _is_fresh(run_dir, tile, checkpoint)]
             bar.update(len(record["val_tiles"]) - len(todo))
-            member = as_member(record) if todo else None
+            if not todo:
+                continue
+            member = as_member(record)
             for tile in todo:
                 image = store.image(tile)
                 passes = in_every_view(

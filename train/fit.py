@@ -233,6 +233,7 @@ def first_weights(config: Config, fold: int, data: FoldData) -> dict[str, torch.
 
 def init_file(config: Config, fold: int) -> Path:
     """Return the same fold's checkpoint in the run that `model.init` names; RunError where it is missing."""
+    assert config.model.init is not None, "no first weights are asked for"
     path = Path(config.model.init) / f"fold{fold}" / FOLD_FILE
     if not path.is_file():
         raise RunError(f"model.init: {path} does not exist. Train that run first, or leave model.init out.")
@@ -251,9 +252,10 @@ def first_normalization(config: Config, fold: int) -> Optional[dict]:
 
 def _early_stopping(config: Config) -> list[Callback]:
     patience = config.train.early_stop
+    if not patience:
+        return []
     # after validation, not at the end of the epoch: there the checkpoint to resume from is already written
-    options = {"mode": "max", "patience": patience, "check_on_train_epoch_end": False}
-    return [EarlyStopping("val_mcc", **options)] if patience else []
+    return [EarlyStopping("val_mcc", mode="max", patience=patience, check_on_train_epoch_end=False)]
 
 
 @contextmanager
@@ -339,8 +341,9 @@ class Recorder(Callback):
             weights = _averaging(trainer).network_state()
             self.best = {"epoch": trainer.current_epoch + 1, **scores, "state_dict": weights}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: SegmentationModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add a row to the history and write it, the checkpoint to resume from, and a line of progress."""
+        assert isinstance(pl_module, SegmentationModule)
         self.history.append(self._row(trainer, pl_module))
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.folder / RESUME_FILE)  # takes part, and writes nothing
@@ -402,7 +405,8 @@ class Recorder(Callback):
 
 
 def _averaging(trainer: pl.Trainer) -> RampedAveraging:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, RampedAveraging))
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Trainer does not declare it
+    return next(callback for callback in callbacks if isinstance(callback, RampedAveraging))
 
 
 def require_same_config(config: Config, folder: Path) -> None:

@@ -248,6 +248,9 @@ class BorderWeights(nn.Module):
     sigmas. Weights that fall with the distance: Ronneberger et al. 2015, arXiv 1505.04597.
     """
 
+    borders: Tensor
+    interface: Tensor
+
     def __init__(self, table: Tensor, sigma: float, interface_weight: float) -> None:
         """Take the table (256, 4) bool of allowed classes, sigma in pixels, and the interface's weight."""
         super().__init__()
@@ -280,6 +283,8 @@ class BorderSoftening(nn.Module):
     Of several labels around only the most frequent one counts, and only one that surely differs from the
     pixel's own: sets that share a class with it are no evidence of another class.
     """
+
+    borders: Tensor
 
     def __init__(self, table: Tensor, sigma: float, largest: float) -> None:
         """Take the table (256, 4) bool of allowed classes, sigma in pixels, and the largest share."""
@@ -324,6 +329,9 @@ class BorderSoftening(nn.Module):
 
 class SetLoss(nn.Module):
     """Weighted sum of losses on logits (B, 4, H, W) and label codes (B, H, W)."""
+
+    table: Tensor
+    class_weights: Optional[Tensor]
 
     def __init__(self, config: LossConfig) -> None:
         """Take weights and exponents from the config."""

@@ -15,7 +15,7 @@ from torchmetrics.classification import BinaryMatthewsCorrCoef, MulticlassMatthe
 
 from prep.labels import CODE_CLASSES, IGNORE
 from solution import CLASS_NAMES, GLACIER_GROUP, build_network, pad_to_multiple
-from train import networks  # noqa: F401  adds its networks to those that build_network knows
+from train import networks  # adds its networks to those that build_network knows
 from train.config import Config, ConfigError
 from train.hardware import process_number
 from train.losses import SetLoss
@@ -83,10 +83,11 @@ class SegmentationModule(pl.LightningModule):
 
     def heads_loss(self, image: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
         """Return the loss of a network's logits, and with it the auxiliary head's where there is one."""
-        if not hasattr(self.network, "forward_with_auxiliary"):
+        forward_with_auxiliary = getattr(self.network, "forward_with_auxiliary", None)
+        if forward_with_auxiliary is None:
             return self.batch_loss(self(image), batch)
         crops = image.contiguous(memory_format=torch.channels_last)  # their sides need no padding
-        logits, auxiliary = self.network.forward_with_auxiliary(crops)
+        logits, auxiliary = forward_with_auxiliary(crops)
         weight = self.config.loss.auxiliary
         return self.batch_loss(logits, batch) + weight * self.batch_loss(auxiliary, batch)
 
@@ -126,8 +127,8 @@ class SegmentationModule(pl.LightningModule):
             scheduler.step(extent)
 
     def _plateau_schedulers(self) -> list[ReduceLROnPlateau]:
-        schedulers = self.lr_schedulers()
-        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+        found = self.lr_schedulers()
+        schedulers = found if isinstance(found, list) else [found]
         return [scheduler for scheduler in schedulers if isinstance(scheduler, ReduceLROnPlateau)]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -241,7 +242,7 @@ def drop_before_head(network: nn.Module, share: float) -> None:
 
 def find_head(network: nn.Module) -> Optional[nn.Module]:
     """Return the layers that turn maps into logits; None for a network where they are not known."""
-    if hasattr(network, "refine"):  # RefinedUnet: its inner network makes maps, not logits
+    if isinstance(network, networks.RefinedUnet):  # its inner network makes maps, not logits
         return network.refine[-1]
     network = getattr(network, "unet", network)
     return getattr(network, "segmentation_head", getattr(network, "head", None))
@@ -273,7 +274,8 @@ class RampedAveraging(WeightAveraging):
 
     def network_state(self) -> dict[str, Tensor]:
         """Return a copy of the averaged network's state dict, float32 on the CPU. Not during validation."""
-        state = self._average_model.module.network.state_dict()
+        assert self._average_model is not None, "no fit has begun"
+        state = self._average_model.module.get_submodule("network").state_dict()
         return {name: _to_storage(value) for name, value in state.items()}
 
 

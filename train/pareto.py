@@ -431,7 +431,8 @@ def measure_after_passes(
         found = score_settings(ensembles, store, order, options, jobs)
         seconds = [time_settings(runs, store, option) for option in options]
         members = len(ensembles[0])
-        rows += [AfterPasses(name, members, views, *row) for name, *row in zip(steps, found, seconds)]
+        for name, scores, taken in zip(steps, found, seconds):
+            rows.append(AfterPasses(name, members, views, scores, taken))
     return tuple(rows)
 
 

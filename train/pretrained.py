@@ -42,7 +42,8 @@ def load_imagenet(network: nn.Module, encoder_name: str) -> None:
 def find_encoder(network: nn.Module) -> nn.Module:
     """Return the encoder of a network of segmentation_models_pytorch, or of one in `unet` or `coarse`."""
     network = getattr(network, "coarse", network)
-    return getattr(network, "unet", network).encoder
+    network = getattr(network, "unet", network)
+    return network.get_submodule("encoder")
 
 
 def weights_file(encoder_name: str) -> Path:
@@ -77,7 +78,7 @@ def rename(
     """
     if len(published) != len(expected):
         raise PretrainedError(f"{encoder_name}: {len(published)} published weights for {len(expected)}")
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for (source, value), (name, own) in zip(published.items(), expected.items()):
         if not renamed:
             value = with_silent_inputs(spread_over_bands(value), own.shape[1])
