@@ -30,12 +30,28 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 # Read when torch is loaded: waiting threads sleep. On cores shared with other work, threads that spin instead
 # make a pass several times slower.
@@ -93,7 +109,8 @@ SLOPE_WINDOWS = (9, 17, 33)  # px, of local means whose differences to both side
 SLOPE_BANDS = (2, 3, 4)  # red, SWIR-1, thermal
 SLOPE_FEATURES = 2 * len(SLOPE_WINDOWS) * len(SLOPE_BANDS)
 MOST_DEVIATIONS = 6.0  # a feature further from its mean counts as so far
-ROWS_AT_ONCE = 64  # of a tile, whose features go through the layers of PixelNet together
+SIGHT = max(STATISTICS_WINDOWS[-1] // 2, SLOPE_WINDOWS[-1])  # px around a pixel that its features depend on
+ROWS_AT_ONCE = 64  # of a tile, for which PixelNet holds features and layers in memory
 PIXELS_AT_ONCE = 32768  # their places among the thresholds stay in the cache
 FLOAT32_BIAS, FLOAT32_FRACTION = 127, 23  # 2^n has the exponent n + 127, behind 23 bits of fraction
 GLACIER_GROUP = (1, 2)  # glacier of either kind, which the labels know best,
@@ -107,6 +124,7 @@ DEFAULT_SHAPE = (512, 512)  # of the mask for a tile of which no band can be rea
 JUST_IMPORTED = 30.0  # s after the import within which a call pays for it
 SPARE_SECONDS = 1.0  # of a time budget, kept for the last mask and for leaving Python,
 SPARE_PART = 0.03  # or this part of it, if that is more
+MOST_WORKERS = 4  # threads side by side; more need more memory, and share their cores within a pass instead
 WORTH_TIMING = 60  # passes in all; for fewer, finding out what is fastest costs more than it brings
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -131,6 +149,7 @@ EXPECTED_LAYOUT = (
 
 PathLike = Union[str, Path]
 DataSource = Union[str, Path, Mapping[str, PathLike]]
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class InputError(Exception):
@@ -734,33 +753,37 @@ class GlaViTU(nn.Module):
 
 
 def box_sum(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the sums (H, W) float64 over the part of a square window that lies inside the array."""
-    values = values.astype(np.float64, copy=False)
+    """Return the sums (H, W) float32 over the part of a square window that lies inside the array (H, W)."""
+    values = values.astype(np.float32, copy=False)  # OpenCV adds them up in double precision
     return cv2.boxFilter(
-        values, cv2.CV_64F, (window, window), normalize=False, borderType=cv2.BORDER_CONSTANT
+        values, cv2.CV_32F, (window, window), normalize=False, borderType=cv2.BORDER_CONSTANT
     )
 
 
-def local_statistics(band: np.ndarray, window: int) -> Tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of the values in a square window around each pixel.
+class LocalStatistics:
+    """Mean and standard deviation of a band's values in square windows around each pixel."""
 
-    Args:
-        band: (H, W) float32, NaN where there is no value.
-        window: odd side of the square in pixels; at the edges only its part inside the array counts.
+    def __init__(self, band: np.ndarray) -> None:
+        """Take a band (H, W) float32, NaN where there is no value."""
+        self.present = ~np.isnan(band)
+        # Squares of centred values stay small: the difference of squares below does not cancel.
+        known = band[self.present]
+        self.centre = np.float32(known.mean(dtype=np.float64) if known.size else 0.0)
+        self.values = np.where(self.present, band - self.centre, np.float32(0))
+        self.squares = self.values * self.values
 
-    Returns:
-        Two (H, W) float32 arrays in the band's unit, over the values that are there; NaN where there is none.
-    """
-    present = ~np.isnan(band)
-    # Squares of centred values stay small: the difference of squares below does not cancel. Float64 is asked
-    # for, since NumPy 1 and 2 disagree about the type of a float32 array less a float64 number.
-    centre = band[present].mean(dtype=np.float64) if present.any() else 0.0
-    values = np.where(present, band.astype(np.float64) - centre, 0.0)
-    count = box_sum(present, window)
-    count[count < 0.5] = np.nan  # running sums may leave a residue where there is nothing
-    mean = box_sum(values, window) / count
-    variance = box_sum(values**2, window) / count - mean**2
-    return (mean + centre).astype(np.float32), np.sqrt(np.maximum(variance, 0.0)).astype(np.float32)
+    def within(self, window: int) -> Tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation, two (H, W) float32 arrays in the band's unit.
+
+        Args:
+            window: odd side of the square in pixels; at the edges only its part inside the array counts. Both
+                are over the values that are there, NaN where there is none.
+        """
+        count = box_sum(self.present, window)
+        count[count < 0.5] = np.nan  # running sums may leave a residue where there is nothing
+        mean = box_sum(self.values, window) / count
+        variance = box_sum(self.squares, window) / count - mean * mean
+        return mean + self.centre, np.sqrt(np.maximum(variance, 0, out=variance))
 
 
 def snow_index(image: np.ndarray) -> np.ndarray:
@@ -770,48 +793,58 @@ def snow_index(image: np.ndarray) -> np.ndarray:
     return np.divide(green - swir, total, out=np.full_like(total, np.nan), where=total > LEAST_REFLECTANCE)
 
 
-def pixel_features(image: np.ndarray) -> Iterator[np.ndarray]:
+def median_temperature(image: np.ndarray) -> np.float32:
+    """Return the median of the thermal band of an image (H, W, 5) in kelvin, 0 where it has no value."""
+    thermal = image[..., THERMAL]
+    known = thermal[~np.isnan(thermal)]
+    return np.float32(np.median(known) if known.size else 0.0)
+
+
+def pixel_features(image: np.ndarray, kelvin: np.float32) -> Iterator[np.ndarray]:
     """Yield the PIXEL_FEATURES features of every pixel, each (H, W) float32, NaN where it has no value.
 
-    They are the bands, NDSI, temperature minus the image's median, and for each of STATISTICS_WINDOWS the
+    They are the bands, NDSI, temperature minus the tile's median, and for each of STATISTICS_WINDOWS the
     share of valid pixels (masked cloud and shadow are a clue to what is beside them) and each band's mean,
     standard deviation and difference from the mean.
 
     Args:
-        image: (H, W, 5), reflectance and kelvin, NaN where nodata.
+        image: (H, W, 5), reflectance and kelvin, NaN where nodata; a tile or some rows of it.
+        kelvin: median temperature of the tile.
     """
     bands = [np.ascontiguousarray(image[..., index], np.float32) for index in range(len(BANDS))]
     yield from bands
     yield snow_index(image)
-    thermal, known = bands[THERMAL], ~np.isnan(bands[THERMAL])
-    yield thermal - np.float32(np.median(thermal[known]) if known.any() else 0.0)
+    yield bands[THERMAL] - kelvin
     valid = valid_mask(image)
+    statistics = [LocalStatistics(band) for band in bands]
     for window in STATISTICS_WINDOWS:
-        yield (box_sum(valid, window) / box_sum(np.ones_like(valid), window)).astype(np.float32)
-        for band in bands:
-            mean, deviation = local_statistics(band, window)
+        yield box_sum(valid, window) / box_sum(np.ones_like(valid), window)
+        for band, of_band in zip(bands, statistics):
+            mean, deviation = of_band.within(window)
             yield from (mean, deviation, band - mean)
 
 
-def slope_features(image: np.ndarray) -> Iterator[np.ndarray]:
+def local_mean(features: np.ndarray, window: int, band: int) -> np.ndarray:
+    """Return the local mean (H, W) of a band among what `pixel_features` yields, (F, H, W)."""
+    before = len(BANDS) + 2 + STATISTICS_WINDOWS.index(window) * (1 + 3 * len(BANDS))
+    return features[before + 1 + 3 * band]
+
+
+def slope_features(features: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the SLOPE_FEATURES differences of local means north and south, west and east of every pixel.
 
     Each is (H, W) float32, NaN where one of the two is nodata or outside. What light and temperature do
     across a slope tells its aspect, and glaciers keep to those that face away from the sun.
 
     Args:
-        image: (H, W, 5), reflectance and kelvin, NaN where nodata.
+        features: (F, H, W), what `pixel_features` yields.
     """
-    height, width = image.shape[:2]
+    height, width = features.shape[1:]
     for window in SLOPE_WINDOWS:
         reach = window // 2 + 1
+        rows, cols = slice(reach, reach + height), slice(reach, reach + width)
         for band in SLOPE_BANDS:
-            mean = np.pad(
-                local_statistics(np.ascontiguousarray(image[..., band]), window)[0],
-                reach,
-                constant_values=np.nan,
-            )
-            rows, cols = slice(reach, reach + height), slice(reach, reach + width)
+            mean = np.pad(local_mean(features, window, band), reach, constant_values=np.nan)
             yield mean[:height, cols] - mean[2 * reach :, cols]
             yield mean[rows, :width] - mean[rows, 2 * reach :]
 
@@ -841,30 +874,45 @@ class PixelNet(nn.Module):
         self.register_buffer("running_std", torch.ones(features))
         layers: List[nn.Module] = []
         for before, after in zip([features, *hidden], hidden):
-            layers += [nn.Conv2d(before, after, 1), nn.BatchNorm2d(after), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [
+                nn.Conv2d(before, after, 1),
+                nn.BatchNorm2d(after),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropout),
+            ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(hidden[-1], classes, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, 4, H, W) of bands (B, 5, H, W) in physical units, 0 where nodata."""
-        return torch.stack([self.of_image(self.features(to_array(image))) for image in x.cpu()]).to(x.device)
+        return torch.stack([self.of_image(to_array(image)) for image in x.cpu()]).to(x.device)
 
     @staticmethod
-    def features(bands: np.ndarray) -> np.ndarray:
-        """Return the features (F, H, W) float32 of bands (5, H, W), NaN where a pixel has no value."""
-        image = np.where(bands == 0, np.float32(np.nan), bands).transpose(1, 2, 0)
-        return np.stack([*pixel_features(image), *slope_features(image)])
+    def features(image: np.ndarray, kelvin: np.float32) -> np.ndarray:
+        """Return the features (F, H, W) float32 of a tile, or of some rows of it; see `pixel_features`."""
+        features = np.empty((PIXEL_FEATURES + SLOPE_FEATURES,) + image.shape[:2], np.float32)
+        for number, plane in enumerate(pixel_features(image, kelvin)):
+            features[number] = plane
+        for number, plane in enumerate(slope_features(features), start=PIXEL_FEATURES):
+            features[number] = plane
+        return features
 
-    def of_image(self, features: np.ndarray) -> torch.Tensor:
-        """Return logits (4, H, W) of an image's features (F, H, W), a few rows at a time."""
-        starts = range(0, features.shape[1], ROWS_AT_ONCE)
-        parts = [to_tensor(features[:, start : start + ROWS_AT_ONCE]) for start in starts]
-        device = self.running_mean.device
-        return torch.cat([self.layers(self.standardise(part[None].to(device)))[0] for part in parts], dim=1)
+    def of_image(self, bands: np.ndarray) -> torch.Tensor:
+        """Return logits (4, H, W) of bands (5, H, W), some rows at a time since features need much memory."""
+        image = np.where(bands == 0, np.float32(np.nan), bands).transpose(1, 2, 0)
+        kelvin, device = median_temperature(image), self.running_mean.device
+        logits = []
+        for start in range(0, len(image), ROWS_AT_ONCE):
+            above = min(start, SIGHT)
+            seen = self.features(image[start - above : start + ROWS_AT_ONCE + SIGHT], kelvin)
+            features = to_tensor(seen[:, above : above + ROWS_AT_ONCE])[None].to(device)
+            logits.append(self.layers(self.standardise(features))[0])
+        return torch.cat(logits, dim=1)
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """Return features (N, F, H, W) in standard deviations from their means, 0 where there is no value."""
         mean, std = (stored[:, None, None] for stored in (self.running_mean, self.running_std))
-        return ((features - mean) / std).nan_to_num(nan=0.0).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+        deviations = (features - mean).div_(std).nan_to_num_(nan=0.0)
+        return deviations.clamp_(-MOST_DEVIATIONS, MOST_DEVIATIONS)
 
 
 class TreeTables(NamedTuple):
@@ -929,7 +977,7 @@ class BoostedTrees(nn.Module):
         lie among the thresholds of each question."""
         thresholds = np.array(self.thresholds.tolist())
         places = np.zeros(thresholds.shape[:2] + (int(valid.sum()),), np.uint8)
-        for feature, plane in enumerate(pixel_features(image)):
+        for feature, plane in enumerate(pixel_features(image, median_temperature(image))):
             values = plane[valid].astype(np.float64)
             for question in np.flatnonzero(self.trees):  # NaN sorts behind all: its place is MISSING
                 places[question, feature] = np.searchsorted(thresholds[question, feature], values)
@@ -1010,7 +1058,7 @@ def build_network(arch: Mapping) -> nn.Module:
 def batchnorms_after_convolutions(network: nn.Module) -> List[Tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Return the BatchNorms whose input is the output of a convolution, as seen in one forward pass.
 
-    A convolution that runs twice is left out: it may feed two of them.
+    A convolution that runs twice is left out unless it always feeds the same one.
     """
     outputs: List[Tuple[torch.Tensor, nn.Conv2d]] = []  # kept alive, so that no two of them share an id
     inputs: Dict[int, nn.BatchNorm2d] = {}
@@ -1029,12 +1077,11 @@ def batchnorms_after_convolutions(network: nn.Module) -> List[Tuple[nn.Conv2d, n
         network(torch.zeros(1, len(BANDS), 2 * STRIDE, 2 * STRIDE))
     for hook in hooks:
         hook.remove()
-    runs = [conv for _, conv in outputs]
-    return [
-        (conv, inputs[id(output)])
-        for output, conv in outputs
-        if id(output) in inputs and runs.count(conv) == 1
-    ]
+    readers: Dict[nn.Conv2d, Set[Optional[nn.BatchNorm2d]]] = {conv: set() for _, conv in outputs}
+    for output, conv in outputs:
+        readers[conv].add(inputs.get(id(output)))
+    found = [(conv, *batchnorms) for conv, batchnorms in readers.items() if len(batchnorms) == 1]
+    return [(conv, batchnorm) for conv, batchnorm in found if batchnorm is not None]
 
 
 def fold_batchnorm(network: nn.Module) -> int:
@@ -1056,17 +1103,13 @@ def fold_batchnorm(network: nn.Module) -> int:
     return len(pairs)
 
 
-def without_batchnorm(network: nn.Module, source: str) -> nn.Module:
-    """Return a copy with merged BatchNorms; the network itself, and a warning, where its answers differ."""
-    merged = copy.deepcopy(network.eval())
-    fold_batchnorm(merged)
+def merge_batchnorm(network: nn.Module) -> bool:
+    """Merge BatchNorms in place, as `fold_batchnorm` does; return whether the answers are still the same."""
     x = torch.randn(1, len(BANDS), 2 * STRIDE, 2 * STRIDE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found = network(x), merged(x)
-    if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        return merged
-    warn(f"{source}: merging its BatchNorms would change its answers; it runs without, and more slowly")
-    return network
+        expected = network.eval()(x)
+        fold_batchnorm(network)
+        return torch.allclose(network(x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 # --- Weights --------------------------------------------------------------------------------------
@@ -1105,9 +1148,8 @@ class Model(NamedTuple):
     postprocess: Postprocess
     time_budget: float  # seconds that a run may take, infinite where it may take any
     device: torch.device
-    pace: Optional[Dict[int, float]] = (
-        None  # seconds a pixel of each member's latest pass, learned on the way
-    )
+    pace: Optional[Dict[int, float]] = None  # seconds a pixel of a member's latest pass, learned on the way
+    workers: int = 1  # threads that segment tiles side by side
 
 
 def find_weights(given: Optional[PathLike] = None) -> Path:
@@ -1191,11 +1233,19 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], source: st
     network.load_state_dict(values)
 
 
-def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
-    """Return one member of a model file, ready for inference on `device`."""
+def load_network(stored: Mapping, source: str) -> nn.Module:
+    """Return the network of one member of a model file, in evaluation mode."""
     network = build_network(stored["arch"])
     load_state(network, stored["state_dict"], source)
-    network = without_batchnorm(network, source).requires_grad_(False)
+    return network.requires_grad_(False).eval()
+
+
+def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
+    """Return one member of a model file, ready for inference on `device`."""
+    network = load_network(stored, source)
+    if not merge_batchnorm(network):
+        warn(f"{source}: merging its BatchNorms would change its answers; it runs without, and more slowly")
+        network = load_network(stored, source)
     return Member(network.to(device), float(stored["weight"]), stored["normalization"])
 
 
@@ -1424,14 +1474,51 @@ def predict_scene(model: Model, image: np.ndarray, until: float = math.inf) -> E
     """
     height, width = image.shape[:2]
     total = np.zeros((len(CLASS_NAMES), height, width), np.float32)
-    corners = [(top, left) for top in window_starts(height) for left in window_starts(width)]
+    windows = [
+        np.s_[top : top + WINDOW, left : left + WINDOW]
+        for top in window_starts(height)
+        for left in window_starts(width)
+    ]
+    workers = most_workers(model)
+
+    def predict(number: int) -> Ensemble:
+        until_here = share_of_time(until, min(1.0, workers / (len(windows) - number)))
+        return predict_window(model, image[windows[number]], until_here)
+
     fewest = len(model.passes)
-    for done, (top, left) in enumerate(corners):
-        window = np.s_[top : top + WINDOW, left : left + WINDOW]
-        ensemble = predict_window(model, image[window], share_of_time(until, 1 / (len(corners) - done)))
+    for window, ensemble in zip(windows, side_by_side(predict, range(len(windows)), workers)):
         total[(slice(None),) + window] += ensemble.probs * blend_weights(*ensemble.probs.shape[1:])
         fewest = min(fewest, ensemble.passes)
     return Ensemble(total, fewest)  # the scale of a pixel's weights does not matter: only their order does
+
+
+def most_workers(model: Model) -> int:
+    """Return how many threads work side by side: none more on a GPU, which works on many pixels at once."""
+    return min(usable_cores(), MOST_WORKERS) if model.device.type == "cpu" else 1
+
+
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Yield `work(item)` of all items in their order, made by so many threads.
+
+    A pass on several cores waits at the end of each layer for the slowest; passes on one core each wait for
+    nothing. Few items are taken ahead of what is yielded, and none after the caller has stopped.
+    """
+    if workers == 1:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(
+        workers, initializer=prepare_torch, initargs=(max(1, usable_cores() // workers),)
+    )
+    begun: "Deque[Future[Result]]" = deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) == 2 * workers:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def share_of_time(until: float, part: float) -> float:
@@ -1751,30 +1838,13 @@ def best_seconds(network: nn.Module, x: torch.Tensor) -> float:
     return min(times[1:])
 
 
-def set_fastest_threads(network: nn.Module, x: torch.Tensor) -> None:
-    """Double the threads, up to the usable cores, for as long as a pass gets faster by it.
-
-    Cores that others keep busy make a pass slower than on one thread, and no setting of the machine tells.
-    """
-    most = usable_cores()
-    fastest, chosen = math.inf, 1
-    for threads in sorted({min(2**n, most) for n in range(most.bit_length() + 1)}):
-        torch.set_num_threads(threads)
-        seconds = best_seconds(network, x)
-        if seconds > 0.95 * fastest:
-            break
-        fastest, chosen = seconds, threads
-    torch.set_num_threads(chosen)
-
-
 def in_fastest_form(model: Model) -> Model:
-    """Set the number of threads and return the model in the memory format in which a pass is fastest here.
+    """Return the model in the memory format in which a pass on one thread is fastest here.
 
     Networks and processors differ in which it is. A form whose probabilities differ is not taken.
     """
-    x = torch.zeros(1, len(BANDS), WINDOW, WINDOW)
+    x = torch.zeros(1, len(BANDS), WINDOW // 2, WINDOW // 2)
     plain = model.members[0].network
-    set_fastest_threads(plain, x)
     other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         same = torch.allclose(plain(x).softmax(1), other(x).softmax(1), atol=1e-4)
@@ -1784,10 +1854,11 @@ def in_fastest_form(model: Model) -> Model:
     return model
 
 
-def read_ahead(
-    tiles: Sequence[TileFiles], read: Callable[[TileFiles], np.ndarray]
-) -> Iterator[Tuple[TileFiles, "Future[np.ndarray]"]]:
-    """Yield each tile and its image, which was read while the tile before it was segmented."""
+Reading = Tuple[TileFiles, "Future[np.ndarray]"]
+
+
+def read_ahead(tiles: Sequence[TileFiles], read: Callable[[TileFiles], np.ndarray]) -> Iterator[Reading]:
+    """Yield each tile and its image, which is read while those before it are segmented."""
     with ThreadPoolExecutor(1) as pool:
         readings = [pool.submit(read, tile) for tile in tiles[:1]]
         for index, tile in enumerate(tiles):
@@ -1825,10 +1896,27 @@ def read_checked(tile: TileFiles) -> np.ndarray:
     return image
 
 
+def is_scene(tile: TileFiles) -> bool:
+    """Return whether a tile needs windows, and much memory, as its first band's header says."""
+    path = next(filter(None, tile.paths))
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return max(tiff.pages[0].shape[:2]) > LARGEST_TILE
+    except Exception:  # damaged bytes may raise almost anything; reading the tile will say what is wrong
+        return False
+
+
+def with_workers(model: Model, tiles: Sequence[TileFiles]) -> Model:
+    """Return the model with its threads shared between tiles; those of a scene go to its windows."""
+    workers = 1 if any(map(is_scene, tiles)) else min(most_workers(model), len(tiles))
+    torch.set_num_threads(usable_cores() // workers)
+    return model._replace(workers=workers)
+
+
 def segment_fully(model: Model, tiles: Sequence[TileFiles]) -> Iterator[TileResult]:
     """Yield the result of every tile after all passes."""
-    for tile, reading in read_ahead(tiles, read_checked):
-        yield segment_tile(model, tile, reading)
+    readings = read_ahead(tiles, read_checked)
+    return side_by_side(lambda read: segment_tile(model, *read), readings, model.workers)
 
 
 def first_pass_only(model: Model) -> Model:
@@ -1839,11 +1927,13 @@ def first_pass_only(model: Model) -> Model:
 def segment_quickly(model: Model, tiles: Sequence[TileFiles], last_start: float) -> Iterator[TileResult]:
     """Yield the result of every tile after one pass; what is not begun by `last_start` is background."""
     quick = first_pass_only(model)
-    for tile, reading in read_ahead(tiles, read_checked):
+
+    def segment(read: Reading) -> TileResult:
         if time.perf_counter() < last_start:
-            yield segment_tile(quick, tile, reading)
-        else:
-            yield failed(tile, f"tile {tile.tile_id}: the time budget was used up; allow more seconds")
+            return segment_tile(quick, *read)
+        return failed(read[0], f"tile {read[0].tile_id}: the time budget was used up; allow more seconds")
+
+    return side_by_side(segment, read_ahead(tiles, read_checked), model.workers)
 
 
 def segment_further(
@@ -1859,19 +1949,23 @@ def segment_further(
         seconds: how long that took, by tile id; the shares are in proportion to it.
         deadline: time of `time.perf_counter` at which all has to be done.
     """
-    left = sum(seconds[tile.tile_id] for tile in tiles)
-    after_passes = 0.0  # the longest that a tile went on after the end of its share: CRF and cleaning
-    for tile, reading in read_ahead(tiles, read_tile):
-        quick = seconds[tile.tile_id]
-        until = share_of_time(deadline - after_passes, quick / left)
-        left -= quick
-        if until - time.perf_counter() < 2 * quick:
-            continue
-        result = segment_tile(model, tile, reading, until)
-        after_passes = max(after_passes, time.perf_counter() - until)
-        if result.fault:
+    quick = [seconds[tile.tile_id] for tile in tiles]
+    after_passes = [0.0]  # what tiles went on after the end of their share: CRF and cleaning
+
+    def segment(numbered: Tuple[int, Reading]) -> Optional[TileResult]:
+        number, read = numbered
+        part = min(1.0, model.workers * quick[number] / sum(quick[number:]))
+        until = share_of_time(deadline - max(after_passes), part)
+        if until - time.perf_counter() < 2 * quick[number]:
+            return None
+        result = segment_tile(model, *read, until)
+        after_passes.append(time.perf_counter() - until)
+        return result
+
+    for result in side_by_side(segment, enumerate(read_ahead(tiles, read_tile)), model.workers):
+        if result and result.fault:
             warn(f"{result.fault}; its mask of one pass stays")
-        else:
+        elif result:
             yield result
 
 
@@ -1996,8 +2090,7 @@ def segment_folder(
     started = time.perf_counter() if started is None else started
     tiles = find_tiles(data)
     prepare_torch(1)  # loading runs networks on a few pixels, where more threads only wait for each other
-    model = load_model(find_weights(weights))
-    torch.set_num_threads(usable_cores())
+    model = with_workers(load_model(find_weights(weights)), tiles)
     budget = choose_budget(time_budget, model.time_budget)
     if model.device.type == "cpu" and len(tiles) * len(model.passes) >= WORTH_TIMING:
         model = in_fastest_form(model)

@@ -272,21 +272,108 @@ def test_the_fastest_form_gives_the_same_probabilities(monkeypatch):
     )
 
 
-def test_threads_are_raised_only_while_a_pass_gets_faster(clock, monkeypatch):
-    """A machine on which two threads are fastest: passes take 4 s, 2 s and 3 s with one, two and four."""
+# --- Side by side ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_results_keep_their_order_and_little_is_taken_ahead(workers):
+    taken = []
+
+    def items():
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    squares = []
+    for square in solution.side_by_side(lambda number: number**2, items(), workers):
+        squares.append(square)
+        assert len(taken) <= len(squares) + 2 * workers
+    assert squares == [number**2 for number in range(20)]
+
+
+def test_what_is_not_begun_is_left_when_the_caller_stops():
+    begun = []
+    results = solution.side_by_side(lambda number: begun.append(number), iter(range(1000)), 2)
+    next(results)
+    results.close()
+    assert len(begun) <= 4
+
+
+def test_an_error_in_one_thread_reaches_the_caller():
+    with pytest.raises(ZeroDivisionError):
+        list(solution.side_by_side(lambda number: 1 // number, [3, 2, 1, 0, 1, 2], 2))
+
+
+def test_workers_flush_denormals_and_run_on_one_thread(monkeypatch):
+    monkeypatch.setattr(solution, "usable_cores", lambda: 2)
+    denormal = torch.tensor([1e-40])
+
+    def work(_):
+        return torch.get_num_threads(), float(denormal * 1.0)
+
     threads = torch.get_num_threads()
-    monkeypatch.setattr(solution, "usable_cores", lambda: 4)
-
-    class Uneven(nn.Module):
-        def forward(self, x):
-            clock.now += {1: 4.0, 2: 2.0, 4: 3.0}[torch.get_num_threads()]
-            return x
-
     try:
-        solution.set_fastest_threads(Uneven(), torch.zeros(1))
-        assert torch.get_num_threads() == 2
+        assert set(solution.side_by_side(work, range(6), 2)) == {(1, 0.0)}
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("budget", ["inf", "1000"])
+def test_tiles_side_by_side_get_the_same_masks(tiles, monkeypatch, budget):
+    alone = run(monkeypatch, in_memory(random_network(), views=6), tiles, budget)
+    monkeypatch.setattr(solution, "usable_cores", lambda: 3)
+    together = run(monkeypatch, in_memory(random_network(), views=6), tiles, budget)
+    assert list(together.masks) == list(alone.masks)
+    assert together.passes == alone.passes == dict.fromkeys(alone.masks, 6)
+    for identifier, mask in alone.masks.items():
+        np.testing.assert_array_equal(together.masks[identifier], mask)
+
+
+def test_windows_of_a_scene_side_by_side_give_the_same_mask(tmp_path, monkeypatch):
+    for name, small in (("LARGEST_TILE", 64), ("WINDOW", 64), ("OVERLAP", 32)):
+        monkeypatch.setattr(solution, name, small)
+    write_tile(tmp_path / "data", "001", scene_numbers(0, 150))
+    alone = run(monkeypatch, in_memory(random_network()), tmp_path / "data", "inf").masks
+    monkeypatch.setattr(solution, "usable_cores", lambda: 3)
+    together = run(monkeypatch, in_memory(random_network()), tmp_path / "data", "inf").masks
+    assert len(np.unique(alone["001"])) > 1
+    np.testing.assert_array_equal(together["001"], alone["001"])
+
+
+@pytest.mark.parametrize(
+    "cores, tiles, size, expected", [(8, 25, 64, 4), (2, 25, 64, 2), (4, 3, 64, 3), (4, 9, 65, 1)]
+)
+def test_threads_are_shared_between_tiles_unless_windows_need_them(
+    tmp_path, monkeypatch, cores, tiles, size, expected
+):
+    monkeypatch.setattr(solution, "LARGEST_TILE", 64)
+    monkeypatch.setattr(solution, "usable_cores", lambda: cores)
+    for number in range(2):
+        write_tile(tmp_path / "data", f"00{number + 1}", scene_numbers(number, size))
+    files = (solution.find_tiles(tmp_path / "data") * tiles)[:tiles]
+    threads = torch.get_num_threads()
+    try:
+        assert solution.with_workers(in_memory(random_network()), files).workers == expected
+        assert torch.get_num_threads() == cores // expected
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_run_side_by_side_can_be_interrupted(tiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(solution, "usable_cores", lambda: 2)
+    model = in_memory(random_network(), views=6)
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+
+    model.members[0].network.register_forward_pre_hook(interrupt)
+    folder = solution.prepare_output(tmp_path / "masks", tiles)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, model, tiles, "inf", solution.png_writer(folder))
+    assert len(calls) < 6 * 4, "tiles that were not begun are left"
 
 
 def test_arrays_reach_torch_and_back_without_its_numpy_bridge(monkeypatch):

@@ -130,7 +130,7 @@ def models(image) -> list[HistGradientBoostingClassifier]:
 
 
 def feature_table(image: np.ndarray) -> np.ndarray:
-    return np.stack(list(solution.pixel_features(image)), axis=-1)
+    return np.stack(list(solution.pixel_features(image, solution.median_temperature(image))), axis=-1)
 
 
 @pytest.fixture(scope="module")

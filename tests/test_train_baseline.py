@@ -77,7 +77,7 @@ def test_local_statistics_equal_those_of_each_window(window):
     band = rng.normal(256.6, 9.1, (15, 21)).astype(np.float32)
     band[rng.random(band.shape) < 0.3] = np.nan
     band[:6, :6] = np.nan  # a window of 3 px sees nothing in there
-    mean, deviation = solution.local_statistics(band, window)
+    mean, deviation = solution.LocalStatistics(band).within(window)
     for row, column, part in windows_of(band.astype(np.float64), window):
         values = part[~np.isnan(part)]
         expected = (values.mean(), values.std()) if values.size else (np.nan, np.nan)
@@ -86,19 +86,23 @@ def test_local_statistics_equal_those_of_each_window(window):
 
 
 def test_local_statistics_of_an_empty_band_are_nan():
-    mean, deviation = solution.local_statistics(np.full((4, 5), np.nan, np.float32), 3)
+    mean, deviation = solution.LocalStatistics(np.full((4, 5), np.nan, np.float32)).within(3)
     assert np.isnan(mean).all()
     assert np.isnan(deviation).all()
 
 
 def test_a_constant_band_has_no_deviation_even_at_256_kelvin():
-    _, deviation = solution.local_statistics(np.full((40, 40), 256.6, np.float32), 33)
+    _, deviation = solution.LocalStatistics(np.full((40, 40), 256.6, np.float32)).within(33)
     assert deviation.max() == 0
+
+
+def features_of(image):
+    return list(solution.pixel_features(image, solution.median_temperature(image)))
 
 
 def test_features_hold_bands_index_temperature_and_windows():
     image, _ = make_tile(0)
-    features = np.stack(list(solution.pixel_features(image)), axis=-1)
+    features = np.stack(features_of(image), axis=-1)
     assert features.shape == (SIDE, SIDE, solution.PIXEL_FEATURES)
     assert features.dtype == np.float32
     np.testing.assert_array_equal(features[..., :5], image)
@@ -113,7 +117,7 @@ def test_features_hold_bands_index_temperature_and_windows():
 def test_the_index_is_no_ratio_of_noise():
     image = np.full((3, 3, 5), -0.002, np.float32)
     image[..., 3] = 0.0021
-    assert np.isnan(list(solution.pixel_features(image))[5]).all()
+    assert np.isnan(features_of(image)[5]).all()
 
 
 def test_examples_answer_their_question_only():

@@ -25,7 +25,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
 from prep.store import TileStore
-from solution import BANDS, CLASS_NAMES, PIXEL_FEATURES, BoostedTrees, pixel_features
+from solution import BANDS, CLASS_NAMES, PIXEL_FEATURES, BoostedTrees, median_temperature, pixel_features
 from train.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
 from train.evaluate import as_member, predict_views
 from train.fit import FOLD_FILE, FOLD_FORMAT, versions, write_whole
@@ -89,7 +89,9 @@ def draw_examples(image: np.ndarray, mask: np.ndarray, seed: Sequence[int]) -> d
         seed: of the draw; the same seed draws the same pixels.
     """
     rng = np.random.default_rng(seed)
-    features = np.stack([plane.ravel() for plane in pixel_features(image)], axis=-1)
+    features = np.stack(
+        [plane.ravel() for plane in pixel_features(image, median_temperature(image))], axis=-1
+    )
     codes = mask.ravel()
     examples = {}
     for question in QUESTIONS:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from prep.labels import CODE_CLASSES, IGNORE
 from prep.store import TileStore
-from solution import BANDS, CLASS_NAMES, PixelNet, prepare_torch, valid_mask
+from solution import BANDS, CLASS_NAMES, PixelNet, median_temperature, prepare_torch, valid_mask
 from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from train.data import ALL_TILES, as_clean, split_tiles
 from train.evaluate import as_member, predict_views
@@ -91,7 +91,7 @@ def draw_pixels(image: np.ndarray, codes: np.ndarray, count: int, rng: np.random
     """
     labelled = np.flatnonzero((codes != IGNORE) & valid_mask(image))
     drawn = np.sort(rng.choice(labelled, min(count, labelled.size), replace=False))
-    features = PixelNet.features(np.nan_to_num(image.transpose(2, 0, 1), nan=0.0))
+    features = PixelNet.features(image, median_temperature(image))
     return Pixels(features.reshape(len(features), -1)[:, drawn].T.copy(), codes.ravel()[drawn])
 
 
