@@ -63,7 +63,7 @@ import segmentation_models_pytorch as smp
 import tifffile
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 try:  # not among the grader's packages
@@ -129,7 +129,11 @@ WORTH_TIMING = 60  # passes in all; for fewer, finding out what is fastest costs
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 MOST_PIXELS = 100_000_000  # of a raster, more than a whole Landsat scene; a small file can declare far more
-UNPACKERS = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}  # by compression
+UNPACKERS: Dict[int, Callable[[], Any]] = {  # by compression
+    8: zlib.decompressobj,
+    32946: zlib.decompressobj,
+    34925: lzma.LZMADecompressor,
+}
 HARMLESS_BYTES = 2**16  # of a packed strip or tile, which unpacks to no more than about a thousand times that
 LARGEST_VALUE = 1e6  # stored values are below 65536; what is far above, or below 0, is some fill value
 GDAL_NODATA_TAG = 42113
@@ -149,7 +153,8 @@ EXPECTED_LAYOUT = (
 
 PathLike = Union[str, Path]
 DataSource = Union[str, Path, Mapping[str, PathLike]]
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class InputError(Exception):
@@ -275,6 +280,7 @@ def decode_tiff(path: Path) -> Tuple[np.ndarray, Optional[float]]:
             raise ValueError("no file that can be reached")
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages[0]
+            assert isinstance(page, tifffile.TiffPage)  # as the first one always is
             refuse_bomb(page, path)
             tag = page.tags.get(GDAL_NODATA_TAG)
             return decode_page(page, path), parse_nodata(tag)
@@ -296,8 +302,10 @@ def refuse_bomb(page: tifffile.TiffPage, path: Path) -> None:
             "tiles or, if it is no scene of that size, copy or export the file again"
         )
     unpacker = UNPACKERS.get(int(page.compression))
+    if unpacker is None:
+        return
     most = 2 * page.nbytes + 2**24  # bytes; the last strip or tile may reach beyond the image
-    for offset, count in zip(page.dataoffsets, page.databytecounts) if unpacker else ():
+    for offset, count in zip(page.dataoffsets, page.databytecounts):
         if count > HARMLESS_BYTES:
             page.parent.filehandle.seek(offset)
             if len(unpacker().decompress(page.parent.filehandle.read(count), most + 1)) > most:
@@ -372,16 +380,17 @@ def read_tile(files: TileFiles) -> np.ndarray:
             f"tile {files.tile_id}: no file in {', '.join(missing)} (it has {files.name}), expected one in "
             "each of the five bands; add the missing file or remove the tile"
         )
-    first = read_raster(files.paths[0])
+    paths = [path for path in files.paths if path is not None]
+    first = read_raster(paths[0])
     image = np.empty(
         first.shape + (len(BANDS),), np.float32
     )  # filled band by band: a scene is never held twice
-    for index, (band, path) in enumerate(zip(BANDS, files.paths)):
+    for index, (band, path) in enumerate(zip(BANDS, paths)):
         values = first if index == 0 else read_raster(path)
         if values.shape != first.shape:
             raise TileError(
                 f"{path}: {values.shape[1]} x {values.shape[0]} px, expected {first.shape[1]} x "
-                f"{first.shape[0]} px as in {files.paths[0].name}; resample the bands to one grid"
+                f"{first.shape[0]} px as in {paths[0].name}; resample the bands to one grid"
             )
         image[..., index] = to_physical(values, band)
     return image
@@ -521,6 +530,9 @@ class DerivedInputs(nn.Module):
     physical units: `mean` and `std` are what bands were normalised with, set by training (`set_units`) and
     stored with the weights. As they are first, inputs count as physical units.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -940,6 +952,14 @@ class BoostedTrees(nn.Module):
     LEAVES = 31  # of a tree at most
     MISSING = 255  # place of a feature without a value; the others are 0 to 254
 
+    start: torch.Tensor
+    thresholds: torch.Tensor
+    feature: torch.Tensor
+    threshold: torch.Tensor
+    missing_left: torch.Tensor
+    left_leaves: torch.Tensor
+    value: torch.Tensor
+
     def __init__(
         self, in_channels: int, classes: int, encoder_weights: None, trees: Sequence[int] = (0, 0, 0)
     ) -> None:
@@ -1080,7 +1100,7 @@ def batchnorms_after_convolutions(network: nn.Module) -> List[Tuple[nn.Conv2d, n
     readers: Dict[nn.Conv2d, Set[Optional[nn.BatchNorm2d]]] = {conv: set() for _, conv in outputs}
     for output, conv in outputs:
         readers[conv].add(inputs.get(id(output)))
-    found = [(conv, *batchnorms) for conv, batchnorms in readers.items() if len(batchnorms) == 1]
+    found = [(conv, batchnorms.pop()) for conv, batchnorms in readers.items() if len(batchnorms) == 1]
     return [(conv, batchnorm) for conv, batchnorm in found if batchnorm is not None]
 
 
@@ -1091,9 +1111,8 @@ def fold_batchnorm(network: nn.Module) -> int:
     """
     pairs = batchnorms_after_convolutions(network.eval())
     for conv, bn in pairs:
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-        )
+        fused = fuse_conv_bn_eval(conv, bn)
+        conv.weight, conv.bias = fused.weight, fused.bias
     merged = {id(batchnorm) for _, batchnorm in pairs}
     for module in list(network.modules()):
         for name, child in module.named_children():
@@ -1400,7 +1419,8 @@ def ensemble_probabilities(
         after = following.pop(0) if following else number
         if now + pace.get(after, max(pace.values())) * height * width > until:
             break
-    total = sum(model.members[number].weight / made[number] * maps for number, maps in sums.items())
+    parts = (model.members[number].weight / made[number] * maps for number, maps in sums.items())
+    total = sum(parts, torch.zeros(()))
     mean = to_array(total[0, :, :height, :width])
     return Ensemble(mean / mean.sum(axis=0, keepdims=True), sum(made.values()))
 
@@ -1805,8 +1825,8 @@ def usable_cores() -> int:
     return max(1, min(cores, cpu_quota(), int(asked) if asked.isdecimal() else cores))
 
 
-def cpu_quota() -> float:
-    """Return the cores that the cgroup (version 2 or 1) grants, infinity where it sets no limit."""
+def cpu_quota() -> int:
+    """Return the cores that the cgroup (version 2 or 1) grants, sys.maxsize where it sets no limit."""
     try:
         if Path("/sys/fs/cgroup/cpu.max").is_file():
             quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -1814,9 +1834,9 @@ def cpu_quota() -> float:
             quota, period = (
                 Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{part}_us").read_text() for part in ("quota", "period")
             )
-        return int(quota) // int(period) if int(quota) > 0 else float("inf")
+        return int(quota) // int(period) if int(quota) > 0 else sys.maxsize
     except (OSError, ValueError):  # no such files, or "max"
-        return float("inf")
+        return sys.maxsize
 
 
 def prepare_torch(threads: int) -> None:
@@ -2032,8 +2052,9 @@ def collect(results: Iterator[TileResult], write: Optional[Writer], keep_masks: 
             if write:
                 saving[identifier] = pool.submit(save_mask, write, result)
     for identifier, saved in saving.items():
-        if saved.result():
-            summary.faults.setdefault(identifier, saved.result())
+        fault = saved.result()
+        if fault:
+            summary.faults.setdefault(identifier, fault)
     return summary
 
 
