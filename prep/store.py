@@ -78,6 +78,11 @@ class TileStore:
         """Return a tile's (H, W) uint8 mask of label codes (see `prep.labels`)."""
         return np.load(self._path("masks", tile_id))
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Return {tile_id: "phase1", "phase2" or "hkh"}: what the label of each tile is of."""
+        return {tile.tile_id: tile.labels for tile in self.tiles}
+
     def fold_of(self, scheme: str) -> dict[str, int]:
         """Return {tile_id: fold} of the scheme "stratified" or "spatial", or of "split".
 

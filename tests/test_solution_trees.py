@@ -16,6 +16,7 @@ from prep.store import TileStore
 from prep.synthetic import make_scene, to_numbers
 from train import baseline
 from train.__main__ import main
+from train.data import UNCHANGED
 from train.evaluate import as_member, load_passes, predict_run, read_folds
 from train.package import pack, to_half
 from train.work import count_gmac
@@ -142,7 +143,7 @@ def record(models) -> dict:
         "arch": arch,
         "weight": 1.0,
         "fold": 0,
-        "normalization": baseline.UNCHANGED,
+        "normalization": UNCHANGED,
         "state_dict": to_half(network.state_dict()),
     }
 
@@ -193,7 +194,7 @@ def test_views_change_nothing(image, record):
 
 def test_the_parts_of_an_image_do_not_depend_on_how_many_are_done_at_once(image, record, monkeypatch):
     network = solution.load_member(record, "trees", torch.device("cpu")).network
-    bands = solution.normalize(image, baseline.UNCHANGED)
+    bands = solution.normalize(image, UNCHANGED)
     whole = network.probabilities(bands)
     monkeypatch.setattr(solution, "PIXELS_AT_ONCE", 1000)
     assert np.array_equal(network.probabilities(bands), whole)

@@ -19,7 +19,8 @@ from train.__main__ import main
 from train.config import AugmentConfig, Config, ConfigError, DataConfig, load_config
 from train.data import ALL_TILES, CropDataset, load_tiles, open_fold
 from train.evaluate import as_member, read_fold, read_folds
-from train.fit import FOLD_FILE, RunError
+from train.files import FOLD_FILE
+from train.fit import RunError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "train" / "configs"
 SMOKE = CONFIGS / "smoke.yaml"

@@ -17,7 +17,8 @@ from solution import build_network, normalize, pad_to_multiple
 from train.__main__ import main
 from train.config import Config, load_config
 from train.data import open_fold
-from train.fit import RunError, first_weights, fit_all, fit_fold, read_record, write_whole
+from train.files import write_whole
+from train.fit import RunError, first_weights, fit_all, fit_fold, read_record
 from train.module import RampedAveraging, SegmentationModule, set_batchnorm_momentum
 from train.pretrained import load_imagenet
 

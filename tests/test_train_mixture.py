@@ -15,7 +15,8 @@ from prep.store import TileStore
 from train import mixture
 from train.__main__ import main
 from train.calibrate import score
-from train.fit import FOLD_FILE, FOLD_FORMAT, RunError
+from train.files import FOLD_FILE
+from train.fit import FOLD_FORMAT, RunError
 from train.metrics import count_tile
 from train.mixture import Budget, Kind, Mix, MixedPass, Prediction, Scorer
 from train.pareto import open_runs

@@ -16,7 +16,8 @@ from prep.store import TileStore
 from train import calibrate, package, pareto
 from train.__main__ import main
 from train.calibrate import Settings, score
-from train.fit import FOLD_FILE, FOLD_FORMAT, RunError
+from train.files import FOLD_FILE
+from train.fit import FOLD_FORMAT, RunError
 from train.metrics import TileCounts, count_tile
 from train.pareto import Cell, Counts, Scores, Step, Subset
 from train.work import count_gmac

@@ -12,7 +12,8 @@ from train import benefit, data
 from train.__main__ import main
 from train.config import ConfigError, load_config
 from train.data import StoredTiles, load_tiles, open_fold
-from train.fit import FOLD_FILE, fit_all, fit_fold, read_record
+from train.files import FOLD_FILE
+from train.fit import fit_all, fit_fold, read_record
 from train.transfer import read_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # rasterio 1.4 on affine 3

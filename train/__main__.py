@@ -522,13 +522,14 @@ def run_crf(arguments: argparse.Namespace) -> int:
     """Compare the CRF on PyTorch with pydensecrf on the held-out tiles of a run."""
     from prep.store import TileStore
     from solution import prepare_torch
-    from train.crf import compare_run, format_comparisons, write_report
+    from train.crf import compare_run, format_comparisons
+    from train.files import write_text
 
     prepare_torch(arguments.threads)
     table = compare_run(arguments.run, TileStore(arguments.store))
     command = f"python -m train crf --run {arguments.run} --threads {arguments.threads}"
     text = format_comparisons(table, arguments.threads, command)
-    write_report(arguments.out, text)
+    write_text(arguments.out, text)
     print(text)
     return 0
 

@@ -14,7 +14,6 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
 
@@ -35,7 +34,6 @@ from train.config import (
     save_config,
 )
 from train.evaluate import (
-    OOF_FOLDER,
     as_member,
     mean_of_views,
     predict_run,
@@ -43,21 +41,26 @@ from train.evaluate import (
     read_fold,
     scaled_for,
 )
-from train.fit import (
+from train.files import (
     CONFIG_FILE,
     FOLD_FILE,
-    RunError,
-    fit_fold,
-    read_record,
-    require_same_config,
+    OOF_FOLDER,
+    RUN_FILE,
+    files_of_folds,
+    fold_folder,
+    is_fresh,
+    write_array,
+    write_json,
+    write_text,
     write_whole,
 )
+from train.fit import RunError, fit_fold, read_record, require_same_config
 from train.metrics import TileCounts, count_tile, score_tiles
-from train.report import RUN_FILE, find_scheme, predicted_classes
+from train.report import find_scheme, predicted_classes
 from train.side_by_side import Work
+from train.text import NONE, markdown_table, number_text
 
 MIN_GAIN = 0.01  # MCC beyond the spread of seeds that an ingredient must bring to be kept
-NONE = "–"  # in a table, where there is nothing to show
 
 RULE = f"""\
 An ingredient is kept where its mean gains at least {MIN_GAIN} beyond the spread of seeds: the larger of its
@@ -234,7 +237,7 @@ def prepare_folder(task: Task) -> None:
     Predictions of another number of views are removed. Raises RunError where the fold was begun with other
     settings.
     """
-    require_same_config(task.trial.config, task.folder / f"fold{task.fold}")
+    require_same_config(task.trial.config, fold_folder(task.folder, task.fold))
     task.folder.mkdir(parents=True, exist_ok=True)
     about = {
         "model": task.trial.name,
@@ -245,20 +248,21 @@ def prepare_folder(task: Task) -> None:
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("views") != task.trial.views:
         for prediction in (task.folder / OOF_FOLDER).glob("*.npy"):
             prediction.unlink()
-    write_whole(path, lambda part: part.write_text(json.dumps(about) + "\n", encoding="utf-8"))
+    write_json(path, about)
     write_whole(task.folder / CONFIG_FILE, lambda part: save_config(task.trial.config, part))
 
 
 def is_finished(task: Task, store: TileStore) -> bool:
     """Return whether the fold is fitted and all its held-out tiles are predicted."""
-    checkpoint = task.folder / f"fold{task.fold}" / FOLD_FILE
+    checkpoint = fold_folder(task.folder, task.fold) / FOLD_FILE
     tiles = tiles_of(store, task.trial.config.data.scheme, [task.fold])
-    return checkpoint.is_file() and all(_is_fresh(task.folder, tile, checkpoint) for tile in tiles)
+    return checkpoint.is_file() and all(
+        is_fresh(_prediction(task.folder, tile), checkpoint) for tile in tiles
+    )
 
 
-def _is_fresh(folder: Path, tile: str, checkpoint: Path) -> bool:
-    path = folder / OOF_FOLDER / f"{tile}.npy"
-    return path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime
+def _prediction(folder: Path, tile: str) -> Path:
+    return folder / OOF_FOLDER / f"{tile}.npy"
 
 
 def tiles_of(store: TileStore, scheme: str, folds: Sequence[int]) -> list[str]:
@@ -271,20 +275,15 @@ def fit_and_predict(config_file: Path, folder: Path, fold: int, views: int) -> N
     """Fit a fold and write the mean of `views` views of its held-out tiles to `folder`/oof: one task."""
     config = load_config(config_file)
     fit_fold(config, fold, folder)
-    checkpoint = folder / f"fold{fold}" / FOLD_FILE
+    checkpoint = fold_folder(folder, fold) / FOLD_FILE
     record, store = read_fold(checkpoint), TileStore(config.data.store)
     member = as_member(record)
     (folder / OOF_FOLDER).mkdir(exist_ok=True)
     for tile in record["val_tiles"]:
-        if not _is_fresh(folder, tile, checkpoint):
+        if not is_fresh(_prediction(folder, tile), checkpoint):
             image = store.image(tile)
             probs = mean_of_views(predict_views(scaled_for(member, record, image), image, views))
-            write_whole(folder / OOF_FOLDER / f"{tile}.npy", partial(_save, array=probs))
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as stream:  # np.save would add .npy to a path
-        np.save(stream, array)
+            write_array(_prediction(folder, tile), probs)
 
 
 def log_of(task: Task) -> Path:
@@ -330,7 +329,7 @@ def score_row(
         RunError: a folder has other folds, or no predictions of some tile.
         train.report.ReportError: its predictions are damaged.
     """
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
     fold_of = store.fold_of(scheme)
     scores = []
     for folder in folders:
@@ -365,7 +364,7 @@ def _require_predictions(
     if found != scheme:
         raise RunError(f"{name}: {folder} is a run on {found} folds, expected {scheme} as the other rows")
     wanted = tiles_of(store, scheme, folds)
-    missing = [tile for tile in wanted if not (folder / OOF_FOLDER / f"{tile}.npy").is_file()]
+    missing = [tile for tile in wanted if not _prediction(folder, tile).is_file()]
     if missing:
         raise RunError(
             f"{name}: {folder / OOF_FOLDER} has no predictions of {', '.join(missing)}. Finish the run's "
@@ -375,7 +374,7 @@ def _require_predictions(
 
 def _seconds(folders: Sequence[Path], folds: Sequence[int]) -> float:
     """Return the mean seconds to fit a fold, NaN where there are no folds' records."""
-    paths = [folder / f"fold{fold}" / FOLD_FILE for folder in folders for fold in folds]
+    paths = [fold_folder(folder, fold) / FOLD_FILE for folder in folders for fold in folds]
     seconds = [read_record(path)["seconds"] for path in paths if path.is_file()]
     return float(np.mean(seconds)) if seconds else float("nan")
 
@@ -386,9 +385,9 @@ def include_run(
     """Return the row of runs that are there already, one for each seed; predict what is not predicted."""
     for folder in folders:
         tiles = tiles_of(store, scheme, folds)
-        if any(not (folder / OOF_FOLDER / f"{tile}.npy").is_file() for tile in tiles):
+        if any(not _prediction(folder, tile).is_file() for tile in tiles):
             predict_run(folder, store)
-    configs = sorted(folders[0].glob(f"fold*/{CONFIG_FILE}"))
+    configs = files_of_folds(folders[0], CONFIG_FILE)
     config = load_config(configs[0]) if configs else None
     where = ", ".join(str(folder) for folder in folders)
     return score_row(name, folders, store, scheme, folds, config, f"there already: {where}")
@@ -436,13 +435,13 @@ def format_report(rows: Sequence[Row], reference: Row, folds: Sequence[int], abo
         f"{about}\n\n```sh\n{command}\n```\n\n{RULE}",
         "## Glacier of either kind against the rest",
         "Out-of-fold MCC over valid pixels.",
-        _table(*_extent_table(rows, reference, folds, decisions))
+        markdown_table(*_extent_table(rows, reference, folds, decisions))
         + (star if any(text.endswith("*") for text in decisions.values()) else ""),
         "## Four classes",
         "Of the tiles with phase-2 labels; folds without one have no score.",
-        _table(*_four_class_table(rows, folds)),
+        markdown_table(*_four_class_table(rows, folds)),
         "## The trials",
-        _table(
+        markdown_table(
             ["trial", f"settings that differ from {reference.name}", "about"],
             _settings_table(rows, reference),
         ),
@@ -458,10 +457,10 @@ def _extent_table(
     lines = []
     for row in rows:
         gain = NONE if row is reference else f"{row.mean - reference.mean:+.3f}"
-        scores = [_score(value) for value in (*row.extent.mean(axis=0), row.mean)]
-        spreads = [_score(row.fold_spread), _score(row.seed_spread), str(len(row.extent))]
+        scores = [number_text(value) for value in (*row.extent.mean(axis=0), row.mean)]
+        spreads = [number_text(row.fold_spread), number_text(row.seed_spread), str(len(row.extent))]
         seconds = NONE if np.isnan(row.seconds) else f"{row.seconds:.0f}"
-        cost = [_score(float(row.pooled.mean())), seconds, _steps(row.config)]
+        cost = [number_text(float(row.pooled.mean())), seconds, _steps(row.config)]
         lines.append([row.name, *scores, gain, *spreads, *cost, decisions[row.name]])
     return head, lines
 
@@ -474,7 +473,7 @@ def _four_class_table(rows: Sequence[Row], folds: Sequence[int]) -> tuple[list[s
         scores = row.four[:, shown].mean(axis=0)
         mean = float(scores.mean()) if shown else None
         cells = [*scores, mean, float(row.pooled_four.mean())]
-        lines.append([row.name, *(_score(value) for value in cells)])
+        lines.append([row.name, *(number_text(value) for value in cells)])
     return head, lines
 
 
@@ -495,15 +494,6 @@ def without_seed(config: Config) -> Config:
 
 def _steps(config: Optional[Config]) -> str:
     return NONE if config is None else str(config.train.epochs * config.data.steps_per_epoch)
-
-
-def _score(value: Optional[float]) -> str:
-    return NONE if value is None or np.isnan(value) else f"{value:.3f}"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 # --- All of it ----------------------------------------------------------------------------------------------
@@ -592,8 +582,7 @@ def _write(request: Request, rows: Mapping[str, Row], folds: Sequence[int], sche
     if unfinished:
         about += f" Not finished yet: {', '.join(unfinished)}."
     text = format_report(complete, rows[request.reference], folds, about, request.command)
-    request.report.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(request.report, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(request.report, text)
 
 
 def parse_arguments(arguments: argparse.Namespace) -> Request:

@@ -10,13 +10,12 @@ and a `fold.pt` like that of any network: the run can be evaluated, mixed with o
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import cv2
 import numpy as np
@@ -26,15 +25,12 @@ from threadpoolctl import threadpool_limits
 
 from prep.store import TileStore
 from solution import BANDS, CLASS_NAMES, PIXEL_FEATURES, BoostedTrees, median_temperature, pixel_features
-from train.config import Config, DataConfig, ModelConfig, TrainConfig, to_dict
-from train.evaluate import as_member, predict_views
-from train.fit import FOLD_FILE, FOLD_FORMAT, versions, write_whole
+from train.config import Config, DataConfig, ModelConfig, TrainConfig
+from train.files import FOLD_FILE, OOF_FOLDER, RUN_FILE, files_of_folds, write_json
 from train.metrics import DEBRIS, GLACIER, GLACIER_CODES, LAKE, OTHER, REST_CODES
-from train.report import OOF_FOLDER, RUN_FILE, score_run
-from train.transfer import input_identity
+from train.pixel_runs import fold_record, predict_held_out, score_and_save
 
 PIXELS_PER_TILE = 10_000  # drawn for each question, so that every tile weighs about the same
-UNCHANGED = {"mean": [0.0] * len(BANDS), "std": [1.0] * len(BANDS)}  # trees take physical units
 NEVER = 1e-15  # probability of what the training side does not show
 LARGEST = float(np.finfo(np.float32).max)  # in the place of infinity, which no stored weight may be
 MIN_EXAMPLES = 50  # fewer pixels of a class on the training side are no basis for a classifier
@@ -217,9 +213,9 @@ def run_baseline(
     store, run_dir = TileStore(store_folder), Path(run_dir)
     fold_of = store.fold_of(scheme)
     _empty_folder(run_dir / OOF_FOLDER)
-    for path in run_dir.glob(f"fold*/{FOLD_FILE}"):
+    for path in files_of_folds(run_dir, FOLD_FILE):
         path.unlink()
-    (run_dir / RUN_FILE).write_text(json.dumps({"model": "baseline", "scheme": scheme, "seed": seed}) + "\n")
+    write_json(run_dir / RUN_FILE, {"model": "baseline", "scheme": scheme, "seed": seed})
     records = []
     with limited_threads(threads):
         examples = _draw_store(store, seed)
@@ -230,54 +226,23 @@ def run_baseline(
                 fit_answer([examples[tile_id][question] for tile_id in training], seed)
                 for question in QUESTIONS
             ]
-            record = fold_record(store, scheme, fold, as_network(answers), seed)
-            records.append({**record, "seconds": time.monotonic() - started})
-            member = as_member(record)
-            for tile_id in record["val_tiles"]:
-                probabilities = predict_views(member, store.image(tile_id), views=1)[0]
-                np.save(run_dir / OOF_FOLDER / f"{tile_id}.npy", probabilities)
+            network = as_network(answers)
+            held_out = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] == fold]
+            config = as_config(store, scheme, network, seed)
+            seconds = time.monotonic() - started
+            records.append(fold_record(config, fold, network, training, held_out, seconds))
+            predict_held_out(run_dir, records[-1], store)
             print(f"baseline, {scheme} fold {fold}: trained on {len(training)} tiles", flush=True)
-    scores = score_run(run_dir, store)
-    for record in records:
-        _save_record(run_dir, record, scores["folds"][str(record["fold"])]["valid_pixels"])
-    return scores
+    return score_and_save(run_dir, records, store)
 
 
-def fold_record(store: TileStore, scheme: str, fold: int, network: BoostedTrees, seed: int) -> dict:
-    """Return the content of a fold's `fold.pt` but for its scores, as `train.fit` writes it for a network."""
-    fold_of = store.fold_of(scheme)
-    args = {"trees": list(network.trees)}
-    config = Config(
+def as_config(store: TileStore, scheme: str, network: BoostedTrees, seed: int) -> Config:
+    """Return the config of a run of networks that names these trees and their folds."""
+    return Config(
         data=DataConfig(store=str(store.folder), scheme=scheme),
-        model=ModelConfig(name="BoostedTrees", args=args),
-        train=TrainConfig(seed=seed, keep="last"),  # no tile of the fold chose anything
+        model=ModelConfig(name="BoostedTrees", args={"trees": list(network.trees)}),
+        train=TrainConfig(epochs=1, seed=seed, keep="last"),  # no tile of the fold chose anything
     )
-    return {
-        "format": FOLD_FORMAT,
-        "arch": {"name": "BoostedTrees", "args": args},
-        **input_identity(),
-        "epoch": 1,
-        "epochs": 1,
-        "fold": fold,
-        "scheme": scheme,
-        "scaling": "statistics",
-        "views": 1,
-        "train_tiles": [tile_id for tile_id in store.tile_ids if fold_of[tile_id] != fold],
-        "val_tiles": [tile_id for tile_id in store.tile_ids if fold_of[tile_id] == fold],
-        "normalization": UNCHANGED,
-        "config": to_dict(config),
-        "versions": versions(),
-        "state_dict": dict(network.state_dict()),
-    }
-
-
-def _save_record(run_dir: Path, record: dict, scores: Mapping) -> None:
-    """Write a fold's record with its scores, those of `score_run` over valid pixels."""
-    names = {"val_mcc": "binary", "val_mcc4": "four_class"}
-    found = {name: scores[task]["mcc"] if scores[task] else math.nan for name, task in names.items()}
-    folder = run_dir / f"fold{record['fold']}"
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / FOLD_FILE, lambda path: torch.save({**record, **found}, path))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import cv2
 import numpy as np
@@ -39,7 +39,9 @@ from solution import (
 )
 from train.bench_runs import ASIDE, ONCE, PLAIN
 from train.check.cases import copy_bands
+from train.files import write_text
 from train.steps import Steps
+from train.text import NONE, markdown_table
 
 PROJECT = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -321,13 +323,13 @@ def format_report(found: Measurements, command: str) -> str:
             "# Speed and memory of solution.py",
             f"```sh\n{command}\n```",
             describe_machine(found),
-            table(("", "measured", "aim", "reached"), aims),
+            markdown_table(("", "measured", "aim", "reached"), aims),
             EXPLANATION,
             "## Where the time goes",
-            table(("stage", "s in all", "s a tile", "share of the run"), stage_rows(found)),
+            markdown_table(("stage", "s in all", "s a tile", "share of the run"), stage_rows(found)),
             describe_stages(found),
             "## Forms of execution",
-            table(
+            markdown_table(
                 ("form", "threads", "s a pass", "CPU s", "largest difference of a probability", "to make it"),
                 [form_row(form, found.forms) for form in found.forms],
             ),
@@ -383,7 +385,7 @@ def describe_stages(found: Measurements) -> str:
 
 def form_row(form: Mapping, forms: Sequence[Mapping]) -> tuple[str, ...]:
     """Return a line of the table of forms."""
-    once = f"{form['once']:.1f} s, {describe_payoff(form, forms)}" if form["once"] else "–"
+    once = f"{form['once']:.1f} s, {describe_payoff(form, forms)}" if form["once"] else NONE
     seconds = (f"{form['seconds']:.4f}", f"{form['cpu']:.4f}")
     return form["name"], str(form["threads"]), *seconds, f"{form['difference']:.1e}", once
 
@@ -403,11 +405,6 @@ def describe_choice(found: Measurements) -> str:
     return f"The run chose: {chosen}, threads: {found.whole['threads']} ({why})."
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
 def bench(data: Path | None, tiles: int, weights: Path, out: Path, quick: bool, command: str) -> Measurements:
     """Measure everything, write the report to `out` and print its aims; return what was measured.
 
@@ -415,8 +412,7 @@ def bench(data: Path | None, tiles: int, weights: Path, out: Path, quick: bool, 
         BenchError, solution.InputError: see `measure`.
     """
     found = measure(data, tiles, weights, QUICK if quick else FULL)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(format_report(found, command) + "\n", encoding="utf-8")
+    write_text(out, format_report(found, command) + "\n")
     for aim in list_aims(found):
         print(f"{'reached' if aim.reached else 'MISSED '}  {aim.name}: {aim.measured} ({aim.aim})")
     print(f"{out} written")

@@ -28,7 +28,8 @@ from prep.labels import IGNORE
 from solution import CLASS_NAMES, usable_cores
 from train.config import Config, change_config
 from train.data import FoldData, open_fold
-from train.fit import fit_fold, write_whole
+from train.files import write_text
+from train.fit import fit_fold
 from train.hardware import precision_of, threads_of, uses_gpu
 from train.module import SegmentationModule
 
@@ -218,7 +219,6 @@ def bench_train(
         config = change_config(config, {"data": {"store": str(folder)}}, "bench-train")
         measured = measure(config, steps, rounds, Path(work))
     text = format_measured(measured, config, steps, command)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(out, text)
     print(text)
     return measured

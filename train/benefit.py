@@ -23,7 +23,8 @@ from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 from prep.store import SPLIT_SCHEME
 from prep.synthetic import write_sample
 from train.config import Config, load_config
-from train.fit import FOLD_FILE, fit_fold, write_whole
+from train.files import FOLD_FILE, fold_folder, write_text
+from train.fit import fit_fold
 from train.package import pack
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -94,7 +95,7 @@ def measure(work: Path, scale: Scale, variants: Sequence[Variant] = VARIANTS) ->
     started = time.monotonic()
     stores = make_data(work, scale)
     record = fit_fold(pretrain_config(stores["hkh"], scale), 0, work / "pretrain")
-    checkpoint = work / "pretrain" / "fold0" / FOLD_FILE
+    checkpoint = fold_folder(work / "pretrain", 0) / FOLD_FILE
     scores = []
     for variant in variants:
         for seed in scale.seeds:
@@ -232,6 +233,5 @@ def _conclusion(benefit: Benefit) -> list[str]:
 
 def write_report(path: Path, benefit: Benefit, command: str) -> None:
     """Write the report, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: partial.write_text(format_report(benefit, command), encoding="utf-8"))
+    write_text(path, format_report(benefit, command))
     tqdm.write(f"{path} written", file=sys.stderr)

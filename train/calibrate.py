@@ -9,7 +9,6 @@ one on spatial folds); then the option with the best score over all tiles is tak
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -29,8 +28,10 @@ from solution import (
     valid_mask,
 )
 from train.evaluate import load_passes, read_folds
-from train.fit import RunError, write_whole
+from train.files import write_json, write_text
+from train.fit import RunError
 from train.metrics import TileCounts, count_tile, score_tiles
+from train.text import markdown_table
 
 NO_BIAS = (0.0,) * len(CLASS_NAMES)
 MIN_GAIN = 0.001  # MCC; a step that gains less is not worth its time
@@ -121,7 +122,7 @@ def count_options(
     run: Run, store: TileStore, options: Sequence[Settings], jobs: int
 ) -> list[list[TileCounts]]:
     """Return the counts of every tile of a run under every option, [option][tile]."""
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
 
     def count(tile: str) -> list[TileCounts]:
         passes, image, mask = load_passes(run.folder, tile), store.image(tile), store.mask(tile)
@@ -253,7 +254,7 @@ def write_calibration(
         "postprocess": settings.postprocess._asdict(),
         "steps": [result._asdict() for result in results],
     }
-    write_whole(Path(path), lambda part: Path(part).write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(path, content)
 
 
 def write_report(
@@ -277,13 +278,11 @@ def write_report(
         ]
         for result in results
     ]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
     text = (
         "# What follows the forward passes\n\n"
         "Out-of-fold score: the mean of the binary MCC on all tiles and the four-class MCC on those with "
         "phase-2 labels. *With* is nested: each fold uses the option that was best on the others. A step "
         f"is kept where it gains at least {MIN_GAIN} in every run. Steps build on those kept before them.\n\n"
-        "```sh\n" + "\n".join(commands) + "\n```\n\n" + table + "\n"
+        "```sh\n" + "\n".join(commands) + "\n```\n\n" + markdown_table(head, rows) + "\n"
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(path, text)

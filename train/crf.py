@@ -14,7 +14,8 @@ import solution
 from prep.store import TileStore
 from train.calibrate import CRF_OPTIONS, Run, open_run
 from train.evaluate import load_passes
-from train.fit import RunError, write_whole
+from train.fit import RunError
+from train.text import markdown_table, plural
 
 Refine = Callable[..., np.ndarray]
 
@@ -90,19 +91,13 @@ def format_comparisons(table: Sequence[Sequence[Comparison]], threads: int, comm
                 f"{seconds:.2f}",
             ]
         )
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     return (
         "# The CRF without pydensecrf\n\n"
-        f"`{command}`, {threads} thread(s)\n\n"
+        f"`{command}`, {plural(threads, 'thread')}\n\n"
         "`solution.refine_with_torch_crf` filters on the permutohedral lattice, as pydensecrf does, in plain "
         "PyTorch. Agreement is the share of a tile's valid pixels that get the same class, over "
         f"{len(table[0])} tiles with their out-of-fold probabilities (aim: 0.99 on each); the time ratio "
         "is PyTorch's to pydensecrf's, which uses one thread (aim: at most 2). Kernels: strength, width in "
-        "pixels and, of the bilateral one, width in the normalised bands.\n\n" + "\n".join(lines) + "\n"
+        "pixels and, of the bilateral one, width in the normalised bands.\n\n"
+        f"{markdown_table(head, rows)}\n"
     )
-
-
-def write_report(path: Path, text: str) -> None:
-    """Write the report whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda part: Path(part).write_text(text, encoding="utf-8"))

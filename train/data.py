@@ -20,6 +20,7 @@ from train.hardware import process_number
 PERCENTILES = (2, 98)
 MIX_TRIES = 8  # draws after which a crop is mixed with one of its own tile
 ALL_TILES = -2  # the "fold" that holds out no tile
+UNCHANGED = {"mean": [0.0] * len(BANDS), "std": [1.0] * len(BANDS)}  # leaves physical units as they are
 IN_MEMORY_TILES = 256  # 3 GB; tiles of a larger training set are read when a crop is cut from them
 
 

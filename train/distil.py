@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple, Optional, Sequence
 
@@ -42,6 +42,7 @@ from solution import (
 from train.config import Config, ConfigError, DistilConfig, to_dict
 from train.data import (
     ALL_TILES,
+    UNCHANGED,
     CropDataset,
     EpochSampler,
     FoldData,
@@ -53,7 +54,8 @@ from train.data import (
     tile_normalization,
 )
 from train.evaluate import as_member, predict_views, read_folds, scaled_for, usable_views
-from train.fit import FOLD_FILE, Recipe, RunError, first_normalization, fit_all, write_whole
+from train.files import FOLD_FILE, fold_folder, write_array, write_json
+from train.fit import Recipe, RunError, first_normalization, fit_all
 from train.module import SegmentationModule
 from train.submission import sha256
 
@@ -61,7 +63,6 @@ ANSWERS_FOLDER = "teachers"  # of a fold: <source>-<tile>.npy, see `Answers`
 IDENTITY_FILE = "identity.json"  # who answered what
 CACHED_TILES = 64  # with their answers 22 MB each
 SMALLEST = 1e-6  # probability: what float16 keeps of a mean is not less
-UNCHANGED = {"mean": [0.0] * len(BANDS), "std": [1.0] * len(BANDS)}
 
 if len(BANDS) != len(CLASS_NAMES) + 1:  # answers are cut as if they were bands
     raise AssertionError(f"{len(BANDS)} bands, expected one more than {len(CLASS_NAMES)} classes")
@@ -93,7 +94,7 @@ def find_teachers(folders: Sequence[str], held_out: Sequence[str]) -> list[Teach
                 f"of {', '.join(held_out)}, which the student holds out; finish the same fold there, or name "
                 "a run of the same fold scheme"
             )
-        teachers += [Teacher(record, folder / f"fold{record['fold']}" / FOLD_FILE) for record in fit]
+        teachers += [Teacher(record, fold_folder(folder, record["fold"]) / FOLD_FILE) for record in fit]
     return teachers
 
 
@@ -183,16 +184,10 @@ def synthetic_images(distil: DistilConfig, folder: Path) -> Images:
         path = folder / f"{name}.npy"
         if not path.is_file():
             scene = make_scene(distil.synthetic_seed, distil.synthetic_size, int(name.rpartition("-")[2]))
-            write_whole(path, lambda part: save_array(part, scene.bands))
+            write_array(path, scene.bands)
         return np.load(path)
 
     return Images([f"scene-{number}" for number in range(distil.synthetic)], read)
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file of just this name."""
-    with open(path, "wb") as file:
-        np.save(file, array)
 
 
 # --- Answers ------------------------------------------------------------------------------------------------
@@ -260,13 +255,13 @@ class AnsweredTiles(Indexed[Tile]):
         return Tile(name, values, (~np.isnan(image)).astype(np.float32), codes, normalization)
 
 
-def collect_answers(teachers: Sequence[Teacher], config: Config, images: Images, folder: Path) -> Answers:
+def collect_answers(teachers: Sequence[Teacher], images: Images, folder: Path) -> Answers:
     """Ask the teachers about the images that `folder` has no answer to yet, and return all answers."""
     paths = {name: folder / f"answer-{name}.npy" for name in images.names}
     todo = [name for name, path in paths.items() if not path.is_file()]
     members = [(as_member(teacher.record), teacher.record) for teacher in (teachers if todo else ())]
     for name in tqdm(todo, desc=f"{len(members)} teachers", unit="tile", disable=not todo):
-        write_whole(paths[name], partial(save_array, array=ask(members, images.read(name))))
+        write_array(paths[name], ask(members, images.read(name)))
     return Answers(list(paths.values()))
 
 
@@ -284,7 +279,7 @@ def require_same_teachers(teachers: Sequence[Teacher], config: Config, folder: P
             f"{folder}: holds the answers of other teachers, or to other images; name another folder with "
             f"--run, or remove {folder.parent}"
         )
-    write_whole(path, lambda part: part.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8"))
+    write_json(path, identity)
 
 
 # --- Crops --------------------------------------------------------------------------------------------------
@@ -393,11 +388,11 @@ def open_student(config: Config, fold: int, folder: Path) -> FoldData:
     described = ", ".join(str(teacher.path.parent) for teacher in teachers)
     print(f"fold {fold}: taught by {described}", flush=True)
 
-    answers = collect_answers(teachers, config, Images(data.train_ids, store.image), answers_folder)
+    answers = collect_answers(teachers, Images(data.train_ids, store.image), answers_folder)
     sources, shares = [with_answers(data.dataset, answers, labelled=True)], [distil.shares[0]]
     for share, images in zip(distil.shares[1:], further_images(config, data, store, answers_folder)):
         if share and images:
-            answers = collect_answers(teachers, config, images, answers_folder)
+            answers = collect_answers(teachers, images, answers_folder)
             tiles = AnsweredTiles(images, answers, data.normalization, config.data.scaling)
             crops = CropDataset(tiles, data.normalization, config.data, config.augment, config.train.seed)
             sources.append(with_answers(crops, answers, labelled=False))
@@ -465,7 +460,7 @@ def fit_students(config: Config, run_dir: Path, folds: Optional[Sequence[int]] =
         module = UnscoredModule
     records = fit_all(config, run_dir, folds, Recipe(open_student, module))
     for record in records:  # what they were taught is of no more use, and larger than they are
-        remove_answers(Path(run_dir) / f"fold{record['fold']}" / ANSWERS_FOLDER)
+        remove_answers(fold_folder(run_dir, record["fold"]) / ANSWERS_FOLDER)
     return records
 
 

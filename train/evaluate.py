@@ -25,10 +25,16 @@ from solution import (
     usable_cores,
 )
 from train.data import tile_normalization
-from train.fit import FOLD_FILE, FOLD_FORMAT, RunError
-
-PASSES_FOLDER = "passes"  # <tile_id>.npy: (6, 4, H, W) float16, the probabilities of each view
-OOF_FOLDER = "oof"  # <tile_id>.npy: (4, H, W) float16, their mean
+from train.files import (
+    FOLD_FILE,
+    OOF_FOLDER,
+    PASSES_FOLDER,
+    files_of_folds,
+    fold_folder,
+    is_fresh,
+    write_array,
+)
+from train.fit import FOLD_FORMAT, RunError
 
 
 def read_fold(path: Path) -> dict:
@@ -51,7 +57,7 @@ def read_folds(run_dir: Path) -> list[dict]:
     Raises:
         RunError: there are none.
     """
-    paths = sorted(Path(run_dir).glob(f"fold*/{FOLD_FILE}"))
+    paths = files_of_folds(run_dir, FOLD_FILE)
     if not paths:
         raise RunError(f"{run_dir}: no finished folds; train them with `python -m train fit --run {run_dir}`")
     return sorted((read_fold(path) for path in paths), key=lambda record: record["fold"])
@@ -105,9 +111,10 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
     records = read_folds(run_dir)
     with tqdm(total=sum(len(record["val_tiles"]) for record in records), unit="tile", file=sys.stderr) as bar:
         for record in records:
-            checkpoint = run_dir / f"fold{record['fold']}" / FOLD_FILE
-            todo = [tile for tile in record["val_tiles"] if not _is_fresh(run_dir, tile, checkpoint)]
-            bar.update(len(record["val_tiles"]) - len(todo))
+            checkpoint = fold_folder(run_dir, record["fold"]) / FOLD_FILE
+            tiles = record["val_tiles"]
+            todo = [tile for tile in tiles if not is_fresh(_passes_file(run_dir, tile), checkpoint)]
+            bar.update(len(tiles) - len(todo))
             if not todo:
                 continue
             member = as_member(record)
@@ -116,16 +123,13 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
                 passes = in_every_view(
                     predict_views(scaled_for(member, record, image), image, usable_views(record))
                 )
-                np.save(run_dir / OOF_FOLDER / f"{tile}.npy", mean_of_views(passes))
-                np.save(
-                    run_dir / PASSES_FOLDER / f"{tile}.npy", passes
-                )  # last: its presence means both are whole
+                write_array(run_dir / OOF_FOLDER / f"{tile}.npy", mean_of_views(passes))
+                write_array(_passes_file(run_dir, tile), passes)  # last: where it is fresh, so is the mean
                 bar.update()
 
 
-def _is_fresh(run_dir: Path, tile: str, checkpoint: Path) -> bool:
-    path = run_dir / PASSES_FOLDER / f"{tile}.npy"
-    return path.is_file() and path.stat().st_mtime > checkpoint.stat().st_mtime
+def _passes_file(run_dir: Path, tile: str) -> Path:
+    return run_dir / PASSES_FOLDER / f"{tile}.npy"
 
 
 def load_passes(run_dir: Path, tile: str) -> np.ndarray:
@@ -134,7 +138,7 @@ def load_passes(run_dir: Path, tile: str) -> np.ndarray:
     Raises:
         RunError: they have not been predicted.
     """
-    path = Path(run_dir) / PASSES_FOLDER / f"{tile}.npy"
+    path = _passes_file(Path(run_dir), tile)
     if not path.is_file():
         raise RunError(
             f"{path}: not predicted yet; finish all folds, then `python -m train evaluate --run {run_dir}`"

@@ -3,7 +3,6 @@
 import csv
 import io
 import logging
-import os
 import platform
 import signal
 import sys
@@ -27,6 +26,15 @@ from prep.store import TileStore, name_some
 from solution import CLASS_NAMES, VIEWS, DerivedInputs, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
 from train.data import FoldData, open_fold
+from train.files import (
+    CONFIG_FILE,
+    FOLD_FILE,
+    HISTORY_FILE,
+    RESUME_FILE,
+    fold_folder,
+    write_text,
+    write_whole,
+)
 from train.hardware import (
     held,
     is_first_process,
@@ -40,10 +48,6 @@ from train.pretrained import load_imagenet
 from train.transfer import input_identity, read_pretrained
 
 FOLD_FORMAT = "glacier-kit-fold/1"
-FOLD_FILE = "fold.pt"
-RESUME_FILE = "last.ckpt"
-CONFIG_FILE = "config.yaml"
-HISTORY_FILE = "history.csv"
 
 
 class RunError(Exception):
@@ -117,7 +121,7 @@ def fit_fold(
         RunError: the folder holds a run with another config or other tiles, or another process fills it.
         train.data.DataError, prep.store.StoreError: the tiles cannot serve.
     """
-    folder = Path(run_dir) / f"fold{fold}"
+    folder = fold_folder(run_dir, fold)
     require_same_config(config, folder)
     if (folder / FOLD_FILE).is_file():
         record = read_record(folder / FOLD_FILE)
@@ -234,7 +238,7 @@ def first_weights(config: Config, fold: int, data: FoldData) -> dict[str, torch.
 def init_file(config: Config, fold: int) -> Path:
     """Return the same fold's checkpoint in the run that `model.init` names; RunError where it is missing."""
     assert config.model.init is not None, "no first weights are asked for"
-    path = Path(config.model.init) / f"fold{fold}" / FOLD_FILE
+    path = fold_folder(config.model.init, fold) / FOLD_FILE
     if not path.is_file():
         raise RunError(f"model.init: {path} does not exist. Train that run first, or leave model.init out.")
     return path
@@ -348,7 +352,7 @@ class Recorder(Callback):
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.folder / RESUME_FILE)  # takes part, and writes nothing
             return
-        write_whole(self.folder / HISTORY_FILE, lambda path: _write_history(self.history, path))
+        write_text(self.folder / HISTORY_FILE, _format_history(self.history))
         write_whole(self.folder / RESUME_FILE, lambda path: trainer.save_checkpoint(path))
         bar = trainer.progress_bar_callback
         write = partial(print, flush=True) if bar is None else bar.print  # the latter above the bar
@@ -430,19 +434,12 @@ def read_record(path: Path) -> dict:
     return {key: value for key, value in record.items() if key != "state_dict"}
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, then rename it: `path` appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def _write_history(rows: Sequence[dict], path: Path) -> None:
+def _format_history(rows: Sequence[dict]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _round(value) for key, value in row.items()} for row in rows)
-    path.write_text(text.getvalue(), encoding="utf-8")
+    return text.getvalue()
 
 
 def _round(value: Any) -> Any:

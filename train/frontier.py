@@ -7,19 +7,18 @@ A student or a soup is a run like any other.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from prep.store import TileStore
 from solution import VIEWS, prepare_torch, usable_cores
 from train.calibrate import Run, score
 from train.evaluate import read_folds, usable_views
-from train.fit import RunError, write_whole
+from train.files import write_json, write_text
+from train.fit import RunError
 from train.metrics import TileCounts
 from train.mixture import (
     VIEW_ORDER,
@@ -35,14 +34,15 @@ from train.pareto import (
     KNOWN_TO_PASS,
     Cost,
     Scores,
-    markdown_table,
-    mcc_text,
+    finish_plot,
+    is_on_front,
     mean_scores,
     measure_cost,
+    number_point,
     open_runs,
-    plural,
 )
 from train.report import DPI
+from train.text import markdown_table, mcc_text, plural
 
 SHIPPABLE_SIZE = 70e6  # bytes: what is committed to git stays below
 
@@ -166,7 +166,7 @@ def count_candidates(
 
     `most` is in how many views the networks of a run can be asked.
     """
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
 
     def count(tile: str) -> list[list[TileCounts]]:
         found = []
@@ -186,16 +186,6 @@ def count_candidates(
         [list(tiles) for tiles in zip(*(counts[model] for counts in by_tile))]
         for model in range(len(candidates))
     ]
-
-
-def is_on_front(point: Point, points: Sequence[Point]) -> bool:
-    """Return whether nothing scores as much for less work, or more for the same."""
-    worth, work = point.scores.objective, point.gmac
-    return not any(
-        (other.gmac <= work and other.scores.objective > worth)
-        or (other.gmac < work and other.scores.objective == worth)
-        for other in points
-    )
 
 
 def best_within(points: Sequence[Point], gmac: float, size: float) -> Point | None:
@@ -228,8 +218,7 @@ def write_points(path: Path, points: Sequence[Point], candidates: Sequence[Candi
         },
         "points": [{**point._asdict(), "scores": point.scores._asdict()} for point in points],
     }
-    text = json.dumps(content, indent=1) + "\n"
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_json(path, content)
 
 
 def write_report(path: Path, points: Sequence[Point], candidates: Sequence[Candidate], command: str) -> None:
@@ -248,7 +237,7 @@ def write_report(path: Path, points: Sequence[Point], candidates: Sequence[Candi
         point_table(points),
         describe_best(points),
     ]
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(sections) + "\n")
 
 
 def describe_candidates(candidates: Sequence[Candidate]) -> str:
@@ -309,10 +298,7 @@ def draw_points(points: Sequence[Point]) -> Figure:
         work = [max(point.gmac, 1e-2) for point in line]
         axis.plot(work, [point.scores.objective for point in line], "o-", label=name)
         for x, point in zip(work, line):
-            place = (x, point.scores.objective)
-            axis.annotate(
-                str(point.views), place, (0, 5), textcoords="offset points", ha="center", fontsize=8
-            )
+            number_point(axis, point.views, x, point.scores.objective)
     front = sorted((point for point in points if point.on_front), key=lambda point: point.gmac)
     axis.step(
         [max(point.gmac, 1e-2) for point in front],
@@ -323,12 +309,5 @@ def draw_points(points: Sequence[Point]) -> Figure:
         alpha=0.3,
         label="front",
     )
-    axis.axvline(KNOWN_TO_PASS, color="black", linestyle=":", label="most known to pass the platform")
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("work a tile of 512 x 512 px, GMAC (points: number of views)")
-    axis.set_ylabel("out-of-fold score (MCC)")
-    axis.grid(alpha=0.4)
-    figure.legend(loc="outside upper center", ncols=3)
+    finish_plot(figure, axis, columns=3)
     return figure

@@ -135,6 +135,11 @@ def score_tiles(tiles: Sequence[TileCounts]) -> dict:
     }
 
 
+def jackknife_error(without: Sequence[float]) -> float:
+    """Return the standard error of a score from what it is without each tile in turn; NaN below two tiles."""
+    return float(np.std(without) * np.sqrt(len(without) - 1)) if len(without) > 1 else math.nan
+
+
 def pool(tiles: Sequence[TileCounts]) -> np.ndarray:
     """Add up the (6, 4) counts of some tiles over their labelled pixels."""
     return sum((tile.confusion for tile in tiles), np.zeros((N_CODES, N_CLASSES), dtype=np.int64))

@@ -12,7 +12,6 @@ scores do all of that for each fold on the other folds, so that no choice flatte
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
@@ -25,8 +24,9 @@ from solution import VIEWS, decide_classes
 from train.calibrate import Run, score
 from train.data import ALL_TILES
 from train.evaluate import load_passes, read_folds, usable_views
-from train.fit import RunError, write_whole
-from train.metrics import TileCounts, count_tile, score_tiles
+from train.files import OOF_FOLDER, RUN_FILE, write_array, write_json
+from train.fit import RunError
+from train.metrics import TileCounts, count_tile, jackknife_error, score_tiles
 from train.package import (
     MAX_BYTES,
     Order,
@@ -36,8 +36,8 @@ from train.package import (
     to_half,
     write_model,
 )
-from train.pareto import KNOWN_TO_PASS, markdown_table, mcc_text, open_runs
-from train.report import OOF_FOLDER, RUN_FILE
+from train.pareto import KNOWN_TO_PASS, open_runs
+from train.text import NONE, markdown_table, mcc_text
 from train.work import count_gmac
 
 # The order that `reports/pareto.md` found for earlier networks: fixed, so that it need not be nested.
@@ -142,7 +142,7 @@ def means_of_views(passes: np.ndarray) -> np.ndarray:
 
 def load_predictions(runs: Sequence[Run], store: TileStore, stride: int, jobs: int) -> list[Prediction]:
     """Return `load_prediction` of all tiles."""
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
     load = partial(load_prediction, runs, store, labels, stride=stride)
     return Parallel(n_jobs=jobs, prefer="threads")(delayed(load)(tile) for tile in store.tile_ids)
 
@@ -357,7 +357,7 @@ def score_on_all_pixels(
     jobs: int,
 ) -> tuple[list[list[TileCounts]], list[TileCounts], list[TileCounts]]:
     """Return the counts of all tiles under each of `singles`, under `plan`, and under their fold's mix."""
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
 
     def count(tile: str) -> list[TileCounts]:
         prediction = load_prediction(runs, store, labels, tile, stride=1)
@@ -374,14 +374,12 @@ def error_of_difference(tiles: Sequence[TileCounts], others: Sequence[TileCounts
 
     NaN for a single tile.
     """
-    count = len(tiles)
-    if count < 2:
-        return float("nan")
-    gains = [
-        score([*tiles[:out], *tiles[out + 1 :]]) - score([*others[:out], *others[out + 1 :]])
-        for out in range(count)
-    ]
-    return float(np.std(gains) * np.sqrt(count - 1))
+    return jackknife_error(
+        [
+            score([*tiles[:out], *tiles[out + 1 :]]) - score([*others[:out], *others[out + 1 :]])
+            for out in range(len(tiles) if len(tiles) > 1 else 0)
+        ]
+    )
 
 
 def write_out_of_fold(
@@ -397,14 +395,14 @@ def write_out_of_fold(
         folder: of the run that is made: `oof/` and `run.json`, for `report` and `evaluate`.
     """
     (folder / OOF_FOLDER).mkdir(parents=True, exist_ok=True)
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
     runs = open_runs(run_dirs, store)
     for tile in store.tile_ids:
         prediction = load_prediction(runs, store, labels, tile, stride=1)
         mix = fitted.by_fold.get(prediction.fold, fitted.plan.mix)
-        np.save(folder / OOF_FOLDER / f"{tile}.npy", mean_of_runs(prediction, mix).astype(np.float16))
+        write_array(folder / OOF_FOLDER / f"{tile}.npy", mean_of_runs(prediction, mix).astype(np.float16))
     about = {"model": "mixture", "scheme": scheme, "runs": list(fitted.runs)}
-    (folder / RUN_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    write_json(folder / RUN_FILE, about)
 
 
 # --- Packing ------------------------------------------------------------------------------------------------
@@ -456,7 +454,7 @@ def pack_mixture(
     fitted = fit_mixture(runs, [kind_of(of_run, budget.networks) for of_run in records], store, budget, jobs)
     content = assemble_mixture(fitted, records, settings)
     write_model(out, content, None, [format_mixture(fitted, budget)])
-    write_json(out.with_name(f"{out.stem}_mixture.json"), fitted, run_dirs, budget)
+    write_mixture(out.with_name(f"{out.stem}_mixture.json"), fitted, run_dirs, budget)
     return fitted
 
 
@@ -487,7 +485,7 @@ def mixture_table(fitted: Fitted) -> str:
                 name,
                 mcc_text(fitted.singles[number]),
                 f"{plan.mix.weights[number]:.3f}",
-                f"{min(chosen):.2f} to {max(chosen):.2f}" if chosen else "–",
+                f"{min(chosen):.2f} to {max(chosen):.2f}" if chosen else NONE,
                 str(len({one.fold for one in mine})),
                 str(plan.mix.views[number]),
                 str(len(mine)),
@@ -516,7 +514,7 @@ def format_mixture(fitted: Fitted, budget: Budget) -> str:
   {plan.size / 1e6:.1f} MB of {budget.size / 1e6:.0f}"""
 
 
-def write_json(path: Path, fitted: Fitted, run_dirs: Sequence[Path], budget: Budget) -> None:
+def write_mixture(path: Path, fitted: Fitted, run_dirs: Sequence[Path], budget: Budget) -> None:
     """Write what was fit, for `pareto` and for people."""
     content = {
         "runs": list(fitted.runs),
@@ -534,4 +532,4 @@ def write_json(path: Path, fitted: Fitted, run_dirs: Sequence[Path], budget: Bud
         "flattered": fitted.flattered,
         "by_fold": {str(fold): mix._asdict() for fold, mix in fitted.by_fold.items()},
     }
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+    write_json(path, content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
@@ -15,9 +14,11 @@ from solution import CLASS_NAMES, MODEL_FORMAT, VIEWS, load_model
 from train.calibrate import Settings
 from train.data import ALL_TILES
 from train.evaluate import read_folds, usable_views
-from train.fit import RunError, write_whole
+from train.files import SCORES_FILE, write_text, write_whole
+from train.fit import RunError
 from train.networks import COMPARED
 from train.submission import sha256
+from train.text import number_text
 
 MAX_BYTES = 300_000_000  # the organisers' limit for model.pth
 # Seconds that a run may take unless told otherwise: what is known to pass the platform (entries that took
@@ -199,7 +200,7 @@ def pack(run_dir: Path, calibration: Path | None, out: Path, passes: Path | None
         order = Order(every_pass(len(folds), settings["views"]))
     else:
         order = read_order(passes, Path(run_dir).name, folds, settings["views"])
-    scores = run_dir / "scores.json"
+    scores = run_dir / SCORES_FILE
     content = assemble(records, settings, order)
     return write_model(out, content, json.loads(scores.read_text()) if scores.is_file() else None)
 
@@ -231,9 +232,7 @@ def write_model(out: Path, content: Mapping, scores: Mapping | None, sections: S
         load_model(path)
 
     write_whole(out, save_checked)
-    card = out.with_name(f"{out.stem}_card.md")
-    text = format_card(out, content, scores, sections)
-    write_whole(card, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out.with_name(f"{out.stem}_card.md"), format_card(out, content, scores, sections))
     return out
 
 
@@ -258,7 +257,7 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None, section
     steps = "\n".join(f"- {name}: {value}" for name, value in content["postprocess"].items())
     views = len({view for _, view in content["passes"]})
     ordered = "the most useful first (`reports/pareto.md`)" if provenance["ordered_on"] else "in turn"
-    folds = "\n".join(f"| {fold_name(member)} | {mcc_or_none(member['val_mcc'])} |" for member in members)
+    folds = "\n".join(f"| {fold_name(member)} | {number_text(member['val_mcc'])} |" for member in members)
     command = "train-mixed" if any("run" in member for member in members) else "train-all"
     further = "".join(f"\n{section}\n" for section in sections)
     return f"""# Model card of {weights.name}
@@ -297,11 +296,6 @@ Each was decided by out-of-fold MCC (`reports/postprocess.md`).
 - Three tiles tell debris from clean ice, and a network has seen two or three: expect little of debris.
 - One scene, one season, one region. Other regions cost others 0.03 to 0.09 MCC.
 """
-
-
-def mcc_or_none(value: float) -> str:
-    """Return an MCC with three digits; – for NaN, of a network that holds out no tile."""
-    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def format_steps(config: Mapping, arch: Mapping) -> str:

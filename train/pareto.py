@@ -10,17 +10,17 @@ ensemble of M members, and the largest that can be measured.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Callable, Mapping, NamedTuple, Protocol, Sequence
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -37,9 +37,11 @@ from solution import (
 )
 from train.calibrate import NO_BIAS, STEPS, Run, Settings, open_run, predict_with, score
 from train.evaluate import as_member, load_passes, read_folds
-from train.fit import RunError, write_whole
-from train.metrics import TileCounts, count_tile, score_tiles
+from train.files import write_json, write_text
+from train.fit import RunError
+from train.metrics import TileCounts, count_tile, jackknife_error, score_tiles
 from train.report import DPI, score_run
+from train.text import NONE, markdown_table, mcc_text, plural
 from train.work import count_gmac
 
 KNOWN_TO_PASS = 160  # GMAC a tile: the most that is known to have passed the platform (one entrant's runs)
@@ -85,6 +87,16 @@ class Cell(NamedTuple):
     nested: float
     any_views: float
     on_front: bool
+
+
+class Scored(Protocol):
+    """Anything with a score and the work that it takes, such as a `Cell`."""
+
+    @property
+    def scores(self) -> Scores: ...
+
+    @property
+    def gmac(self) -> float: ...
 
 
 class Step(NamedTuple):
@@ -177,7 +189,7 @@ def mean_passes(runs: Sequence[Run], tile: str) -> np.ndarray:
 
 def count_choices(runs: Sequence[Run], store: TileStore, jobs: int) -> Counts:
     """Return the counts of all tiles for every choice of runs and of views."""
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
 
     def count(tile: str) -> dict[tuple[Subset, Subset], TileCounts]:
         mask, fold, counts = store.mask(tile), runs[0].fold_of[tile], {}
@@ -274,13 +286,13 @@ def measure_cells(counts: Counts, order: Sequence[int], cost: Cost) -> tuple[Cel
     return tuple(cell._replace(on_front=is_on_front(cell, cells)) for cell in cells)
 
 
-def is_on_front(cell: Cell, cells: Sequence[Cell]) -> bool:
+def is_on_front(one: Scored, among: Sequence[Scored]) -> bool:
     """Return whether nothing scores as much for less work, or more for the same."""
-    worth, work = cell.scores.objective, cell.passes
+    worth, work = one.scores.objective, one.gmac
     return not any(
-        (other.passes <= work and other.scores.objective > worth)
-        or (other.passes < work and other.scores.objective == worth)
-        for other in cells
+        (other.gmac <= work and other.scores.objective > worth)
+        or (other.gmac < work and other.scores.objective == worth)
+        for other in among
     )
 
 
@@ -327,7 +339,7 @@ def standard_error(counts: Counts, order: Sequence[int], here: Place, there: Pla
     for left_out in range(tiles):
         others = {choice: [*of[:left_out], *of[left_out + 1 :]] for choice, of in counts.items()}
         gains.append(gain_of_a_pass(others, order, here, there))
-    return float(np.std(gains) * np.sqrt(tiles - 1))
+    return jackknife_error(gains)
 
 
 def order_folds(
@@ -444,7 +456,7 @@ def score_settings(
     jobs: int,
 ) -> list[Scores]:
     """Return the scores of each option, averaged over some ensembles of runs; views are taken in `order`."""
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
 
     def count(tile: str) -> list[list[TileCounts]]:
         image, mask, counts = store.image(tile), store.mask(tile), []
@@ -518,7 +530,7 @@ def write_order(path: Path, measured: Measurement) -> None:
         "steps": [flat(cell) for cell in measured.cells],
         "path": [step._asdict() for step in measured.path],
     }
-    write_whole(Path(path), lambda part: Path(part).write_text(json.dumps(content, indent=1) + "\n"))
+    write_json(path, content)
 
 
 def flat(cell: Cell) -> dict:
@@ -604,7 +616,7 @@ def write_report(
         AFTER,
         after_table(after, measured.cost),
     ]
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(sections) + "\n")
 
 
 def explain(measured: Measurement) -> str:
@@ -639,21 +651,6 @@ def explain_order(measured: Measurement) -> str:
     return ORDER.format(views=names, rule=rule)
 
 
-def plural(number: int, noun: str) -> str:
-    """Return "1 view", "2 views"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def mcc_text(value: float | None) -> str:
-    """Return an MCC with four digits; – where it is undefined."""
-    return "–" if value is None else f"{value:.4f}"
-
-
 def cell_table(cells: Sequence[Cell]) -> str:
     """Return the score and the work of each number of networks and views."""
     head = ["networks", "views", "passes", "GMAC a tile", "s a tile", "score", "nested", "any choice"]
@@ -680,7 +677,7 @@ def step_table(path: Sequence[Step]) -> str:
             "one more network" if step.added == "member" else "one more view",
             *(str(number) for number in (step.members, step.views, step.passes)),
             f"{step.gain:+.4f}" + ("" if step.error is None else f" ± {step.error:.4f}"),
-            "–" if step.instead is None else f"{step.instead:+.4f}",
+            NONE if step.instead is None else f"{step.instead:+.4f}",
         ]
         for step in path
     ]
@@ -702,7 +699,7 @@ def fold_table(folds: Sequence[FoldScore]) -> str:
             str(fold.fold),
             mcc_text(fold.mcc),
             mcc_text(fold.baseline),
-            "–" if fold.baseline is None else f"{fold.rank:+.4f}",
+            NONE if fold.baseline is None else f"{fold.rank:+.4f}",
         ]
         for fold in folds
     ]
@@ -745,8 +742,19 @@ def draw_scores(cells: Sequence[Cell]) -> Figure:
             label=f"{name}, any views",
         )
         for cell in line:
-            point = (cell.gmac, cell.scores.objective)
-            axis.annotate(str(cell.views), point, (0, 5), textcoords="offset points", ha="center", fontsize=8)
+            number_point(axis, cell.views, cell.gmac, cell.scores.objective)
+    finish_plot(figure, axis, columns=2)
+    return figure
+
+
+def number_point(axis: Axes, views: int, gmac: float, objective: float) -> None:
+    """Write the number of views above a point of score against work."""
+    point = (gmac, objective)
+    axis.annotate(str(views), point, (0, 5), textcoords="offset points", ha="center", fontsize=8)
+
+
+def finish_plot(figure: Figure, axis: Axes, columns: int) -> None:
+    """Add the limit, the axes and the legend, in so many columns, to a plot of score against work."""
     axis.axvline(KNOWN_TO_PASS, color="black", linestyle=":", label="most known to pass the platform")
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -754,5 +762,4 @@ def draw_scores(cells: Sequence[Cell]) -> Figure:
     axis.set_xlabel("work a tile of 512 x 512 px, GMAC (points: number of views)")
     axis.set_ylabel("out-of-fold score (MCC)")
     axis.grid(alpha=0.4)
-    figure.legend(loc="outside upper center", ncols=2)
-    return figure
+    figure.legend(loc="outside upper center", ncols=columns)

@@ -6,7 +6,6 @@ cross-entropy of the set that a label allows, so glacier of unknown kind asks fo
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,14 +21,11 @@ from torch import Tensor, nn
 from prep.labels import CODE_CLASSES, IGNORE
 from prep.store import TileStore
 from solution import BANDS, CLASS_NAMES, PixelNet, median_temperature, prepare_torch, valid_mask
-from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
+from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from train.data import ALL_TILES, as_clean, split_tiles
-from train.evaluate import as_member, predict_views
-from train.fit import FOLD_FILE, FOLD_FORMAT, versions, write_whole
-from train.report import OOF_FOLDER, RUN_FILE, score_run
-from train.transfer import input_identity
+from train.files import OOF_FOLDER, RUN_FILE, write_json
+from train.pixel_runs import fold_record, predict_held_out, score_and_save
 
-UNCHANGED = {"mean": [0.0] * len(BANDS), "std": [1.0] * len(BANDS)}  # features are of physical units
 LEAST_STD = 1e-6  # of a feature that is the same everywhere
 
 
@@ -158,18 +154,12 @@ def fit_run(config: PixelConfig, run_dir: Path, threads: int) -> dict:
     folds = sorted({fold for fold in store.fold_of(config.scheme).values() if fold >= 0})
     (run_dir / OOF_FOLDER).mkdir(parents=True, exist_ok=True)
     about = {"model": "PixelNet", "scheme": config.scheme, "seed": config.seed}
-    (run_dir / RUN_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+    write_json(run_dir / RUN_FILE, about)
     drawn = draw_store(store, config)
     records = [fit_fold(config, store, drawn, fold) for fold in (*folds, ALL_TILES)]
     for record in records:
-        member = as_member(record)
-        for tile in record["val_tiles"]:
-            probs = predict_views(member, store.image(tile), views=1)[0]
-            np.save(run_dir / OOF_FOLDER / f"{tile}.npy", probs)
-    scores = score_run(run_dir, store)
-    for record in records:
-        save_record(run_dir, record, scores["folds"].get(str(record["fold"])))
-    return scores
+        predict_held_out(run_dir, record, store)
+    return score_and_save(run_dir, records, store)
 
 
 def fit_fold(config: PixelConfig, store: TileStore, drawn: Mapping[str, Pixels], fold: int) -> dict:
@@ -180,43 +170,15 @@ def fit_fold(config: PixelConfig, store: TileStore, drawn: Mapping[str, Pixels],
     seconds = time.monotonic() - started
     name = "all tiles" if fold == ALL_TILES else f"fold {fold}"
     print(f"PixelNet, {config.scheme}, {name}: {len(train)} tiles, {seconds:.0f} s", flush=True)
-    return {**fold_record(config, fold, network, train, val), "seconds": seconds}
+    record = fold_record(as_config(config), fold, network, train, val, seconds)
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    return {**record, "config": {**record["config"], "pixels": settings}}
 
 
-def fold_record(
-    config: PixelConfig, fold: int, network: PixelNet, train: Sequence[str], val: Sequence[str]
-) -> dict:
-    """Return the content of a fold's `fold.pt` but for its scores, as `train.fit` writes it."""
-    args = {"hidden": list(config.hidden), "dropout": config.dropout}
-    general = Config(
+def as_config(config: PixelConfig) -> Config:
+    """Return the config of a run of networks that names this one, its folds and its epochs."""
+    return Config(
         data=DataConfig(store=config.store, scheme=config.scheme, unsplit_glacier=config.unsplit_glacier),
-        model=ModelConfig(name="PixelNet", args=args),
+        model=ModelConfig(name="PixelNet", args={"hidden": list(config.hidden), "dropout": config.dropout}),
         train=TrainConfig(epochs=config.epochs, early_stop=0, keep="last", seed=config.seed),
     )
-    return {
-        "format": FOLD_FORMAT,
-        "arch": {"name": "PixelNet", "args": args},
-        **input_identity(),
-        "epoch": config.epochs,
-        "epochs": config.epochs,
-        "fold": fold,
-        "scheme": config.scheme,
-        "scaling": "statistics",
-        "views": 1,
-        "train_tiles": list(train),
-        "val_tiles": list(val),
-        "normalization": UNCHANGED,
-        "config": {**to_dict(general), "pixels": OmegaConf.to_container(OmegaConf.structured(config))},
-        "versions": versions(),
-        "state_dict": dict(network.state_dict()),
-    }
-
-
-def save_record(run_dir: Path, record: dict, scores: Mapping | None) -> None:
-    """Write a fold's record with its scores over valid pixels, NaN where there are none."""
-    names = {"val_mcc": "binary", "val_mcc4": "four_class"}
-    valid: Mapping = scores["valid_pixels"] if scores else dict.fromkeys(names.values())
-    found = {name: valid[task]["mcc"] if valid[task] else math.nan for name, task in names.items()}
-    folder = run_dir / f"fold{record['fold']}"
-    folder.mkdir(exist_ok=True)
-    write_whole(folder / FOLD_FILE, lambda path: torch.save({**record, **found}, path))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Iterable, Mapping, Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,6 +18,7 @@ from prep.labels import IGNORE
 from prep.store import TileStore
 from solution import CLASS_NAMES, decide_classes, valid_mask
 from train.config import load_config
+from train.files import CONFIG_FILE, OOF_FOLDER, RUN_FILE, SCORES_FILE, files_of_folds, write_json, write_text
 from train.metrics import (
     BINARY_NAMES,
     N_CLASSES,
@@ -28,12 +29,9 @@ from train.metrics import (
     score_tiles,
 )
 from train.pictures import CODE_COLOURS, add_legend, false_colour, paint_codes
+from train.text import NONE, markdown_table, number_text
 
-OOF_FOLDER = "oof"
-RUN_FILE = "run.json"  # {"scheme": name of the fold scheme, ...}
-SCORES_FILE = "scores.json"
 STRIPS_FOLDER = "strips"
-FOLD_CONFIGS = "fold*/config.yaml"
 
 DPI = 100
 
@@ -102,7 +100,7 @@ def score_run(run_dir: str | os.PathLike, store: TileStore) -> dict:
         for row in store.tiles
     ]
     scores = _summarise(scheme, tiles)
-    (run_dir / SCORES_FILE).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_json(run_dir / SCORES_FILE, scores)
     return scores
 
 
@@ -110,12 +108,12 @@ def find_scheme(run_dir: Path) -> str:
     """Return the name of the fold scheme of a run, from its run.json or the configs of its folds."""
     if (run_dir / RUN_FILE).is_file():
         return str(json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))["scheme"])
-    schemes = {load_config(path).data.scheme for path in run_dir.glob(FOLD_CONFIGS)}
+    schemes = {load_config(path).data.scheme for path in files_of_folds(run_dir, CONFIG_FILE)}
     if len(schemes) != 1:
         found = (
             f"folds of the schemes {', '.join(sorted(schemes))}"
             if schemes
-            else f"no {RUN_FILE}, no {FOLD_CONFIGS}"
+            else f"no {RUN_FILE}, no fold*/{CONFIG_FILE}"
         )
         raise ReportError(
             f"{run_dir}: found {found}; expected a run of one fold scheme. Train into an empty folder."
@@ -219,7 +217,7 @@ def write_report(
     figures = {"confusion": draw_confusions(runs), "tiles": draw_tile_bars(runs)}
     for name, figure in figures.items():
         _save(figure, out.with_name(f"{out.stem}_{name}.png"))
-    out.write_text(_markdown(runs, out.stem, commands), encoding="utf-8")
+    write_text(out, _markdown(runs, out.stem, commands))
     for name, run_dir in run_dirs.items():
         write_strips(Path(run_dir), store, telling_tiles(runs[name]))
     return runs
@@ -265,7 +263,7 @@ def _pooled_table(runs: Mapping[str, dict]) -> str:
         [name, scores["scheme"], *[_mcc(scores["pooled"], pixels, task) for pixels, task in places]]
         for name, scores in runs.items()
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _fold_table(runs: Mapping[str, dict], task: str) -> str:
@@ -277,8 +275,8 @@ def _fold_table(runs: Mapping[str, dict], task: str) -> str:
             _mcc(scores["folds"][fold], "valid_pixels", task) if fold in scores["folds"] else ""
             for fold in folds
         ]
-        rows.append([name, *cells, f"{_number(mean['mean'])} ± {_number(mean['std'])}"])
-    return _table(["run", *[f"fold {fold}" for fold in folds], "mean ± std"], rows)
+        rows.append([name, *cells, f"{number_text(mean['mean'])} ± {number_text(mean['std'])}"])
+    return markdown_table(["run", *[f"fold {fold}" for fold in folds], "mean ± std"], rows)
 
 
 def _class_table(runs: Mapping[str, dict]) -> str:
@@ -289,9 +287,9 @@ def _class_table(runs: Mapping[str, dict]) -> str:
         classes += [(pooled["four_class"], label) for label in CLASS_NAMES if pooled["four_class"]]
         for values, label in classes:
             rows.append(
-                [name, label, *[_number(values[key][label]) for key in ("iou", "precision", "recall")]]
+                [name, label, *[number_text(values[key][label]) for key in ("iou", "precision", "recall")]]
             )
-    return _table(["run", "class", "IoU", "precision", "recall"], rows)
+    return markdown_table(["run", "class", "IoU", "precision", "recall"], rows)
 
 
 def _tile_table(runs: Mapping[str, dict]) -> str:
@@ -300,7 +298,7 @@ def _tile_table(runs: Mapping[str, dict]) -> str:
         rows.append(
             [tile_id, tile["labels"], *[_tile_cell(scores["tiles"][tile_id]) for scores in runs.values()]]
         )
-    return _table(["tile", "labels", *runs], rows)
+    return markdown_table(["tile", "labels", *runs], rows)
 
 
 def _tile_cell(tile: dict) -> str:
@@ -310,7 +308,7 @@ def _tile_cell(tile: dict) -> str:
 
 def _confusion_table(name: str, scores: dict) -> str:
     rows = [[code, *[f"{value:,}" for value in counts]] for code, counts in _occurring(scores)]
-    return f"{name}:\n\n" + _table(["label", *scores["classes"]], rows)
+    return f"{name}:\n\n" + markdown_table(["label", *scores["classes"]], rows)
 
 
 def _occurring(scores: dict) -> list[tuple[str, list[int]]]:
@@ -318,17 +316,8 @@ def _occurring(scores: dict) -> list[tuple[str, list[int]]]:
     return [(code, counts) for code, counts in zip(scores["codes"], scores["confusion"]) if sum(counts)]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
-
-
 def _mcc(scores: dict, pixels: str, task: str) -> str:
-    return _number(scores[pixels][task]["mcc"]) if scores[pixels][task] else "–"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return number_text(scores[pixels][task]["mcc"]) if scores[pixels][task] else NONE
 
 
 # --- Figures ------------------------------------------------------------------------------------------------

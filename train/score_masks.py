@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
@@ -13,6 +12,7 @@ from prep.label_files import LabelFile, Labels
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE
 from prep.store import name_some
 from solution import CLASS_NAMES, InputError, TileError, TileFiles, find_tiles, read_tile, valid_mask, warn
+from train.files import write_json
 from train.mask_files import EXTENT, MEANING, Masks, raise_problems, read_classes, survey_masks
 from train.metrics import (
     BINARY_NAMES,
@@ -25,6 +25,7 @@ from train.metrics import (
     pool,
     score_tiles,
 )
+from train.text import number_text
 
 TASKS = ("four_class", "binary")
 TASK_NAMES = {"four_class": "four classes", "binary": "glacier extent"}
@@ -266,9 +267,9 @@ def _mcc_table(scores: dict) -> str:
         if not scores["all_pixels"][task]:
             continue
         having = sum(bool(entry["all_pixels"][task]) for entry in scores["by_tile"].values())
-        row = [TASK_NAMES[task], _number(scores["all_pixels"][task]["mcc"], 4)]
-        row += [_number(scores["mean_of_tiles"][task], 4), str(having)]
-        row += [_number(scores["valid_pixels"][task]["mcc"], 4)] if scores["valid_pixels"] else []
+        row = [TASK_NAMES[task], number_text(scores["all_pixels"][task]["mcc"], 4)]
+        row += [number_text(scores["mean_of_tiles"][task], 4), str(having)]
+        row += [number_text(scores["valid_pixels"][task]["mcc"], 4)] if scores["valid_pixels"] else []
         rows.append(row)
     return text_table(head, rows)
 
@@ -279,7 +280,7 @@ def _class_table(scores: dict) -> str:
         for name in names if pooled[task] else ():
             label = "glacier of either kind" if task == "binary" else name
             rows.append(
-                [label, *[_number(pooled[task][key][name], 3) for key in ("iou", "precision", "recall")]]
+                [label, *[number_text(pooled[task][key][name], 3) for key in ("iou", "precision", "recall")]]
             )
     return text_table(["class, all pixels", "IoU", "precision", "recall"], rows)
 
@@ -295,17 +296,16 @@ def _tile_table(scores: dict) -> str:
     rows = []
     for tile, entry in scores["by_tile"].items():
         pooled = entry["all_pixels"]
-        four = _number(pooled["four_class"]["mcc"], 3) if pooled["four_class"] else ""
+        four = number_text(pooled["four_class"]["mcc"], 3) if pooled["four_class"] else ""
         extent = [pooled["binary"]["mcc"], pooled["binary"]["iou"][BINARY_NAMES[1]]]
         shares = [f"{entry[key]:.1%}" for key in ("share_labelled", "share_masked")]
-        rows.append([tile, entry["labels"], four, *[_number(value, 3) for value in extent], *shares])
+        rows.append([tile, entry["labels"], four, *[number_text(value, 3) for value in extent], *shares])
     return text_table(head, rows)
 
 
 def write_scores(scores: dict, path: Path) -> None:
     """Write all figures as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_json(path, scores)
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -317,7 +317,3 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in table
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _number(value: Optional[float], digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -16,16 +16,8 @@ import torch
 from tqdm import tqdm
 
 from train.config import Config, ConfigError, change_config, save_config
-from train.fit import (
-    CONFIG_FILE,
-    FOLD_FILE,
-    RunError,
-    format_records,
-    numbers_of_folds,
-    read_record,
-    require_same_config,
-    write_whole,
-)
+from train.files import CONFIG_FILE, FOLD_FILE, fold_folder, write_whole
+from train.fit import RunError, format_records, numbers_of_folds, read_record, require_same_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -153,7 +145,7 @@ def fit_side_by_side(config: Config, run_dir: Path, folds: Sequence[int] | None,
     config = change_config(config, {"train": {"threads": config.train.threads or 1}}, "--jobs")
     folds = numbers_of_folds(config) if folds is None else folds
     for fold in folds:
-        require_same_config(config, run_dir / f"fold{fold}")
+        require_same_config(config, fold_folder(run_dir, fold))
     run_dir.mkdir(parents=True, exist_ok=True)
     settings = run_dir / CONFIG_FILE
     write_whole(settings, lambda part: save_config(config, part))
@@ -161,7 +153,7 @@ def fit_side_by_side(config: Config, run_dir: Path, folds: Sequence[int] | None,
     failed = run_side_by_side(works, jobs, start, lambda work: work.name, lambda work: None)
     if failed:
         raise RunError(explain_failures([work.log for work in failed]))
-    records = [read_record(run_dir / f"fold{fold}" / FOLD_FILE) for fold in folds]
+    records = [read_record(fold_folder(run_dir, fold) / FOLD_FILE) for fold in folds]
     print(format_records(records), flush=True)
     return records
 

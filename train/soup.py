@@ -12,7 +12,6 @@ has broken it; its honest score is that on tiles that none of the folds saw, of 
 from __future__ import annotations
 
 import copy
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Mapping, NamedTuple, Sequence
@@ -27,11 +26,12 @@ from train.calibrate import score
 from train.config import from_dict, save_config
 from train.data import ALL_TILES, open_fold
 from train.evaluate import as_member, predict_views, read_folds, scaled_for
-from train.fit import CONFIG_FILE, FOLD_FILE, RunError, arch_of, write_whole
+from train.files import CONFIG_FILE, FOLD_FILE, fold_folder, write_json, write_whole
+from train.fit import RunError, arch_of
 from train.metrics import TileCounts, count_tile, score_tiles
-from train.pareto import markdown_table, mcc_text
+from train.text import markdown_table, mcc_text
 
-SOUP_FILE = "soup.json"
+SOUP_FILE = "soup.json"  # which runs each fold's soup is made of, and the scores
 SAME = ("arch", "scheme", "scaling", "views", "train_tiles", "val_tiles")  # of what is averaged
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Choice = tuple[int, ...]  # numbers of the ingredients
@@ -99,7 +99,7 @@ def training_batches(record: Mapping, store: TileStore, fold: int, count: int) -
 
 def count_tiles(record: dict, store: TileStore, tiles: Sequence[str], fold: int) -> list[TileCounts]:
     """Return the counts of some tiles under a network in one view."""
-    labels = {row.tile_id: row.labels for row in store.tiles}
+    labels = store.labels
     member, counts = as_member(record), []
     for tile in tiles:
         image = store.image(tile)
@@ -200,7 +200,7 @@ def cook(run_dirs: Sequence[Path], store: TileStore, out: Path, batches: int) ->
         soup = Soup(pot.fold, chosen, extent_mcc(pot.counts(choice)), alone)
         write_record(out, {**pot.soup(choice), **recorded(pot.counts(choice), chosen, batches)})
         soups.append(soup)
-    write_json(out, names, soups)
+    write_json(Path(out) / SOUP_FILE, {"runs": names, "folds": [soup._asdict() for soup in soups]})
     return soups
 
 
@@ -274,7 +274,7 @@ def write_record(out: Path, record: dict) -> None:
     Raises:
         RunError: the fold there is no soup.
     """
-    folder = Path(out) / f"fold{record['fold']}"
+    folder = fold_folder(out, record["fold"])
     path = folder / FOLD_FILE
     if path.is_file() and "soup" not in torch.load(path, map_location="cpu", weights_only=True):
         raise RunError(f"{path}: is a trained network, no soup; name another folder with --out")
@@ -284,13 +284,6 @@ def write_record(out: Path, record: dict) -> None:
         raise RunError(f"{path}: the config names {arch_of(config)}, the network is {record['arch']}")
     write_whole(folder / CONFIG_FILE, lambda part: save_config(config, part))
     write_whole(path, lambda part: torch.save(record, part))
-
-
-def write_json(out: Path, names: Sequence[str], soups: Sequence[Soup]) -> None:
-    """Write which runs each fold's soup is made of, and the scores, as JSON."""
-    content = {"runs": list(names), "folds": [soup._asdict() for soup in soups]}
-    text = json.dumps(content, indent=1) + "\n"
-    write_whole(Path(out) / SOUP_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def soup_table(soups: Sequence[Soup], names: Sequence[str]) -> str:

@@ -28,7 +28,8 @@ from prep.__main__ import main as prep_main
 from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 from prep.store import TileStore
 from train.config import load_config
-from train.fit import FOLD_FILE, RESUME_FILE, fit_fold
+from train.files import FOLD_FILE, RESUME_FILE
+from train.fit import fit_fold
 
 Work = Callable[[], object]
 PATIENCE = 300.0  # seconds

@@ -26,6 +26,7 @@ from train.check.verdict import CheckResult, judge
 from train.grader.environment import Environment, GraderError, Interpreter
 from train.grader.sandbox import SCRATCH, Report, probe, sandbox_settings
 from train.steps import Steps
+from train.text import plural
 
 THREADS = (1, 4)
 MOST_COLUMNS = 6  # tiles that the table shows
@@ -210,11 +211,6 @@ def check_in_grader(
     finished = run_jobs(jobs, submission, case, workdir, Steps(len(jobs)).announce)
     results += judge_finished(finished, here, numpy_2)
     return Verdict(results, reports, agreement_table(finished, here, case))
-
-
-def plural(count: int, noun: str) -> str:
-    """Return "1 thread" or "4 threads"."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def probe_places(

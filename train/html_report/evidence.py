@@ -13,12 +13,12 @@ from prep.labels import IGNORE
 from prep.store import TileStore
 from solution import decide_classes, valid_mask
 from train.config import Config, load_config
+from train.files import CONFIG_FILE, HISTORY_FILE, RUN_FILE, files_of_folds
 from train.html_report.images import map_uri, photo_uri
 from train.pictures import CODE_COLOURS, OUTCOME_COLOURS, Outcome, false_colour, map_outcomes
 from train.reliability import Reliability, count_reliability, pool_reliability
-from train.report import FOLD_CONFIGS, RUN_FILE, ReportError, load_probabilities
+from train.report import ReportError, load_probabilities
 
-HISTORIES = "fold*/history.csv"
 CURVES = ("epoch", "train_loss", "val_loss", "val_mcc", "lr", "seconds")  # columns that the page needs
 
 
@@ -102,12 +102,12 @@ def read_run(name: str, folder: Path, scores: dict, reliability: Reliability, na
 
     `named`: whether it was named as a baseline.
     """
-    configs = sorted(folder.glob(FOLD_CONFIGS))
+    configs = files_of_folds(folder, CONFIG_FILE)
     config = load_config(configs[0]) if configs else None
     recipe = configs[0].read_text(encoding="utf-8") if configs else ""
     settings = {} if config else json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     keep = config.train.keep if config else "last"
-    histories = [read_history(path, keep) for path in folder.glob(HISTORIES)]
+    histories = [read_history(path, keep) for path in files_of_folds(folder, HISTORY_FILE)]
     ordered = tuple(sorted(histories, key=lambda history: history.fold))
     return RunEvidence(
         name, folder, scores, config, recipe, settings, ordered, reliability, named or config is None

@@ -10,6 +10,7 @@ from prep.store import TileStore
 from train.html_report import sections
 from train.html_report.evidence import gather, read_result
 from train.html_report.markup import Html, fill_page, join, paragraph, tag
+from train.text import plural
 
 TITLE = "Glacier mapping: out-of-fold report"
 CALIBRATION_KEYS = ("runs", "steps")
@@ -67,9 +68,8 @@ def write_page(
 
 
 def _head(tiles: int, runs: int) -> Html:
-    what = "1 run" if runs == 1 else f"{runs} runs"
     rule = "Every tile is predicted by a model that never saw it, and scored by Matthews correlation (MCC)."
-    lead = paragraph(f"{what}, {tiles} tiles. {rule}")
+    lead = paragraph(f"{plural(runs, 'run')}, {plural(tiles, 'tile')}. {rule}")
     return tag("div", tag("h1", TITLE), lead, class_="lead")
 
 

@@ -22,6 +22,7 @@ from train.html_report.evidence import Panels, RunEvidence
 from train.html_report.markup import Html, details, paragraph, section, table, tag
 from train.metrics import BINARY_NAMES, binary
 from train.pictures import CODE_COLOURS, OUTCOME_COLOURS, OUTCOME_NAMES, Outcome
+from train.text import NONE, number_text, plural
 
 FIRST_RECIPE = "fold0/config.yaml"
 PLACES = [(pixels, task) for pixels in ("valid_pixels", "all_pixels") for task in ("binary", "four_class")]
@@ -103,10 +104,12 @@ def _count_better(ours: Mapping[str, dict], theirs: Mapping[str, dict]) -> tuple
 
 def _score_row(run: RunEvidence, runs: Sequence[RunEvidence]) -> list[str]:
     pooled = run.scores["pooled"]
-    cells = [_number(pooled[pixels][task]["mcc"]) if pooled[pixels][task] else "–" for pixels, task in PLACES]
+    cells = [
+        _number(pooled[pixels][task]["mcc"]) if pooled[pixels][task] else NONE for pixels, task in PLACES
+    ]
     iou = pooled["valid_pixels"]["binary"]["iou"][BINARY_NAMES[1]]
     against = ", ".join(f"{_signed(other.gain)} {other.baseline}" for other in compare(run, runs))
-    return [run.name, run.scores["scheme"], *cells, _number(iou), against or "–"]
+    return [run.name, run.scores["scheme"], *cells, _number(iou), against or NONE]
 
 
 def _commands(runs: Sequence[RunEvidence]) -> list[str]:
@@ -407,7 +410,7 @@ def passes_section(content: Mapping) -> Html:
             (cell for cell in cells if cell["members"] == number), key=lambda cell: cell["passes"]
         )
         points = ([cell["passes"] for cell in of_number], [cell["objective"] for cell in of_number])
-        lines.append(Series(_networks(number), *points, index % COLOURS))
+        lines.append(Series(plural(number, "network"), *points, index % COLOURS))
     rows = [
         [
             f"{cell['members']} × {cell['views']}",
@@ -438,10 +441,6 @@ def passes_section(content: Mapping) -> Html:
             rows,
         ),
     )
-
-
-def _networks(number: int) -> str:
-    return "1 network" if number == 1 else f"{number} networks"
 
 
 # --- Pictures of the tiles ----------------------------------------------------------------------------------
@@ -556,7 +555,7 @@ def _mcc(scores: Mapping) -> float:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or not np.isfinite(value) else f"{value:.3f}".replace("-", "−")
+    return number_text(value).replace("-", "−")
 
 
 def _percent(share: float, digits: int = 1) -> str:

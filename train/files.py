@@ -1,0 +1,66 @@
+"""The files of a run: what lies where in its folder, and how each is written, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+# In the folder of a fold, `fold_folder`.
+FOLD_FILE = "fold.pt"  # the finished fold: weights, scores, tiles, config
+RESUME_FILE = "last.ckpt"  # of a fold that is not finished
+CONFIG_FILE = "config.yaml"
+HISTORY_FILE = "history.csv"  # a row an epoch
+
+# In the folder of the run.
+PASSES_FOLDER = "passes"  # <tile_id>.npy: (6, 4, H, W) float16, the probabilities of each view
+OOF_FOLDER = "oof"  # <tile_id>.npy: (4, H, W) float16, their mean
+RUN_FILE = "run.json"  # {"scheme": name of the fold scheme, ...}
+SCORES_FILE = "scores.json"
+
+
+def fold_folder(run_dir: str | os.PathLike, fold: int) -> Path:
+    """Return the folder of a fold in a run's folder."""
+    return Path(run_dir) / f"fold{fold}"
+
+
+def files_of_folds(run_dir: str | os.PathLike, name: str) -> list[Path]:
+    """Return the files of this name in the folders of all folds of a run, sorted by path."""
+    return sorted(Path(run_dir).glob(f"fold*/{name}"))
+
+
+def is_fresh(path: Path, checkpoint: Path) -> bool:
+    """Return whether a prediction is there and was written after the checkpoint that made it."""
+    return path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path`, then rename it: `path` appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file of text, UTF-8, in a folder that is made where missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a file of JSON, in a folder that is made where missing."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as .npy."""
+
+    def save(part: Path) -> None:
+        with open(part, "wb") as stream:  # np.save would add .npy to a path
+            np.save(stream, array)
+
+    write_whole(path, save)
