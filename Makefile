@@ -40,6 +40,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # One stamp for each version of the requirements: a second run starts at once, a changed file installs again.
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock | cksum | cut -d' ' -f1)
+# Side by side, a process for each usable core; a process that has nothing left to do takes from another.
+PYTEST := $(PY) -m pytest -n auto --dist worksteal
+PARTS ?=
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
@@ -49,7 +52,7 @@ DEMO := data/demo
 	prep fit evaluate calibrate pareto train-all \
 	check grader-check bench submission \
 	baseline pixels train-mixed report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
-	test lint coverage fuzz audit reference lock clean
+	test test-slow lint coverage fuzz audit reference lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -199,8 +202,11 @@ bench-train: setup ## how much of training's time is the network's: reports/benc
 
 ##@ The kit itself
 
-test: setup ## the test suite
-	$(PY) -m pytest
+test: setup ## the tests, on all cores, without the slow ones (PARTS=tests/test_x.py: some)
+	$(PYTEST) -m "not slow" $(PARTS)
+
+test-slow: setup ## the slow tests: kills, whole programs, long searches
+	$(PYTEST) -m slow $(PARTS)
 
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check .

@@ -911,14 +911,16 @@ class PixelNet(nn.Module):
     def of_image(self, bands: np.ndarray) -> torch.Tensor:
         """Return logits (4, H, W) of bands (5, H, W), some rows at a time since features need much memory."""
         image = np.where(bands == 0, np.float32(np.nan), bands).transpose(1, 2, 0)
-        kelvin, device = median_temperature(image), self.running_mean.device
-        logits = []
-        for start in range(0, len(image), ROWS_AT_ONCE):
-            above = min(start, SIGHT)
-            seen = self.features(image[start - above : start + ROWS_AT_ONCE + SIGHT], kelvin)
-            features = to_tensor(seen[:, above : above + ROWS_AT_ONCE])[None].to(device)
-            logits.append(self.layers(self.standardise(features))[0])
-        return torch.cat(logits, dim=1)
+        kelvin = median_temperature(image)
+        starts = range(0, len(image), ROWS_AT_ONCE)
+        return torch.cat([self.layers(self.of_rows(image, start, kelvin))[0] for start in starts], dim=1)
+
+    def of_rows(self, image: np.ndarray, start: int, kelvin: np.float32) -> torch.Tensor:
+        """Return standardised features (1, F, R, W) of ROWS_AT_ONCE rows of a tile (H, W, 5) from `start`."""
+        above = min(start, SIGHT)
+        seen = self.features(image[start - above : start + ROWS_AT_ONCE + SIGHT], kelvin)
+        rows = to_tensor(seen[:, above : above + ROWS_AT_ONCE])
+        return self.standardise(rows[None].to(self.running_mean.device))
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """Return features (N, F, H, W) in standard deviations from their means, 0 where there is no value."""
@@ -1379,14 +1381,17 @@ def probability_maps(model: Model, image: np.ndarray, passes: Sequence[Pass]) ->
 
     H' and W' are those of `image` (H, W, 5), padded to multiples of STRIDE.
     """
-    inputs: Dict[int, torch.Tensor] = {}  # of each member: their normalisation may differ
+    inputs: Dict[
+        Tuple[float, ...], torch.Tensor
+    ] = {}  # by normalisation: members trained on the same share it
     for number, view in passes:
-        member = model.members[number]
-        if number not in inputs:
-            x = to_tensor(normalize(image, member.normalization))[None].to(model.device)
-            inputs[number] = pad_to_multiple(x)
+        network, _, normalization = model.members[number]
+        key = (*normalization["mean"], *normalization["std"])
+        if key not in inputs:
+            x = to_tensor(normalize(image, normalization))[None].to(model.device)
+            inputs[key] = pad_to_multiple(x)
         with torch.inference_mode():
-            probs = forward_probabilities(member.network, inputs[number], VIEWS[view])
+            probs = forward_probabilities(network, inputs[key], VIEWS[view])
         yield probs
 
 
@@ -1529,11 +1534,11 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], workers:
     pool = ThreadPoolExecutor(
         workers, initializer=prepare_torch, initargs=(max(1, usable_cores() // workers),)
     )
-    begun: "Deque[Future[Result]]" = deque()
+    begun: "Deque[Future[Result]]" = deque()  # as many as run, and one that waits
     try:
         for item in items:
             begun.append(pool.submit(work, item))
-            if len(begun) == 2 * workers:
+            if len(begun) > workers:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()

@@ -1,7 +1,7 @@
-"""Tabulates the lines of solution.py, prep and train that no test runs: `make coverage`.
+"""Tabulates the lines of solution.py, prep and train that the tests run: `make coverage`.
 
-Each test file runs in a process of its own, so that a slow or broken one costs its own lines only. What tests
-do in processes that they start themselves is not seen.
+The tests run as `make test` runs them, side by side and without the slow ones. Python processes that tests
+start are measured as well, unless they run in an environment of their own, as a submission under check does.
 """
 
 from __future__ import annotations
@@ -14,38 +14,51 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 TOOL = "coverage==7.17.3"
 HOME = PROJECT / ".cache" / "coverage"  # the tool and its data: no part of the kit's environment
-SOURCES = "solution.py,prep/*,train/*"
-SECONDS = 600  # for each test file
+TESTS = ["-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not slow"]
+SETTINGS = f"""
+[run]
+data_file = {HOME}/.coverage
+parallel = true
+patch = _exit
+include =
+    {PROJECT}/solution.py
+    {PROJECT}/prep/*
+    {PROJECT}/train/*
+"""
+# Python imports a module of this name when it starts: each process that finds it measures itself.
+HOOK = "import coverage\n\ncoverage.process_startup()\n"
 
 
 def install() -> None:
-    """Put the tool where only this program finds it."""
+    """Put the tool, its settings and its hook where only this program's processes find them."""
     if not (HOME / "coverage").is_dir():
         command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
         subprocess.run([*command, "--no-deps", "--target", str(HOME), TOOL], check=True)
+    (HOME / "settings").write_text(SETTINGS, encoding="utf-8")
+    (HOME / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
 
 
-def run_coverage(*arguments: str, seconds: float | None = None) -> int:
-    """Run the tool with the project's modules; return its exit status, -1 where it took too long."""
-    environment = {**os.environ, "PYTHONPATH": str(HOME), "COVERAGE_FILE": str(HOME / ".coverage")}
-    command = [sys.executable, "-m", "coverage", *arguments]
-    try:
-        return subprocess.run(command, env=environment, cwd=PROJECT, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        return -1
+def run_python(*arguments: str, measured: bool = False) -> int:
+    """Run Python with the tool in reach, itself measured or not; return its exit status."""
+    environment = {**os.environ, "PYTHONPATH": str(HOME)}
+    if measured:
+        environment["COVERAGE_PROCESS_START"] = str(HOME / "settings")
+    return subprocess.run([sys.executable, *arguments], env=environment, cwd=PROJECT).returncode
+
+
+def run_tool(*arguments: str) -> int:
+    """Run a command of the tool on what was measured."""
+    return run_python("-m", "coverage", *arguments, f"--rcfile={HOME / 'settings'}")
 
 
 def main(parts: list[str]) -> int:
-    """Run the tests, or the files named, and print the table; return 1 where a test failed."""
+    """Run the tests, or the files named, and print the table; return the exit status of the tests."""
     install()
-    run_coverage("erase")
-    files = parts or sorted(str(path.relative_to(PROJECT)) for path in (PROJECT / "tests").glob("test_*.py"))
-    measured = ["run", "--parallel-mode", f"--include={SOURCES}", "-m", "pytest", "-q"]
-    failed = [name for name in files if run_coverage(*measured, name, seconds=SECONDS) != 0]
-    run_coverage("combine")
-    run_coverage("report", "--show-missing", "--skip-empty")
-    print(f"{len(files)} test files, failed or took too long: {', '.join(failed) or 'none'}")
-    return 1 if failed else 0
+    run_tool("erase")
+    status = run_python(*TESTS, *parts, measured=True)
+    run_tool("combine", "--quiet")
+    run_tool("report", "--show-missing", "--skip-empty")
+    return status
 
 
 if __name__ == "__main__":

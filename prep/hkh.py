@@ -500,14 +500,24 @@ def straddling(kept: Sequence[dict], validation: set[str]) -> set[str]:
     tree = shapely.STRtree(val)
     train = [tile for tile in kept if tile["footprint"] and _scene(tile) not in validation]
     return {
-        tile["row"][0]
+        _tile_id(tile)
         for tile in train
         if tree.query(shapely.Polygon(tile["footprint"]), predicate="intersects").size
     }
 
 
+def _tile_id(tile: dict) -> str:
+    return tile["row"][0]
+
+
 def _scene(tile: dict) -> str:
     return tile["row"][1]
+
+
+def _drop_overlapping(tile: dict) -> dict:
+    """Return the row of dropped.csv for a kept tile that is not kept after all."""
+    reason = "overlaps a validation tile"
+    return {"tile_id": _tile_id(tile), "scene": _scene(tile), "reason": reason, **tile["row"][6]}
 
 
 def assemble(
@@ -523,32 +533,11 @@ def assemble(
     check_kinds(kept, about)
     validation = choose_validation(scene_areas(kept), settings.val_share, settings.seed)
     shared = straddling(kept, validation)
-    dropped += [
-        {
-            "tile_id": tile["row"][0],
-            "scene": _scene(tile),
-            "reason": "overlaps a validation tile",
-            **tile["row"][6],
-        }
-        for tile in kept
-        if tile["row"][0] in shared
-    ]
-    kept = [tile for tile in kept if tile["row"][0] not in shared]
+    dropped += [_drop_overlapping(tile) for tile in kept if _tile_id(tile) in shared]
+    kept = [tile for tile in kept if _tile_id(tile) not in shared]
     rows = [store.TileRow(*tile["row"]) for tile in kept]
-    sides = [
-        [row.tile_id for row in rows if (row.source in validation) == held_out] for held_out in (False, True)
-    ]
-    split = store.Split(*sides)
-    if not split.train:
-        raise PrepError(
-            ["every training tile overlaps a validation tile; add scenes of other places, or other --seed"]
-        )
-    training = set(split.train)
-    accumulator = stats.BandAccumulator()
-    for tile in kept:
-        if tile["row"][0] in training:
-            accumulator.absorb(tile["stats"])
-    statistics = stats.describe(accumulator.result())
+    split = split_by_scene(rows, validation)
+    statistics = training_statistics(kept, set(split.train))
     scenes = describe_scenes(results, rows, validation)
     with store.create(out, scratch=partial) as writer:
         for row in rows:
@@ -558,6 +547,28 @@ def assemble(
         write_dropped(writer.folder / DROPPED_FILE, dropped)
         writer.write_index(rows, statistics, split, {**about, "tiles": len(rows), "scenes": scenes})
     return Summary(out, rows, statistics, split, dropped, scenes)
+
+
+def split_by_scene(rows: Sequence[store.TileRow], validation: set[str]) -> store.Split:
+    """Return the tiles of both sides. Raises PrepError where none is left to train on."""
+    sides = [
+        [row.tile_id for row in rows if (row.source in validation) == held_out] for held_out in (False, True)
+    ]
+    split = store.Split(*sides)
+    if not split.train:
+        raise PrepError(
+            ["every training tile overlaps a validation tile; add scenes of other places, or other --seed"]
+        )
+    return split
+
+
+def training_statistics(kept: Sequence[dict], training: set[str]) -> dict:
+    """Return the content of stats.json: exact, over the valid pixels of the training tiles."""
+    accumulator = stats.BandAccumulator()
+    for tile in kept:
+        if _tile_id(tile) in training:
+            accumulator.absorb(tile["stats"])
+    return stats.describe(accumulator.result())
 
 
 def hand_over(source: Path, target: Path) -> None:

@@ -3,6 +3,7 @@
 The disk is a small tmpfs. Only root may mount one; as another user, `unshare -Umr make test` does it too.
 """
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import solution
 from prep.__main__ import main as prep_main
 from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER
 
-ROOM = "64m"
+ROOM = 64 * 2**20  # bytes
 
 
 class Disk:
@@ -24,11 +25,17 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def resize(self, size: str) -> None:
-        """Give the disk another size, such as 20k."""
-        refusal = mount("-o", f"remount,size={size}", str(self.folder))
-        if refusal:  # kernels differ in how much room of its own a file takes
-            pytest.skip(f"the disk cannot be given {size} ({refusal.strip()})")
+    def in_use(self) -> int:
+        """Return the bytes of the pages in use; a kernel refuses a size below that."""
+        state = os.statvfs(self.folder)
+        return (state.f_blocks - state.f_bfree) * state.f_frsize
+
+    def resize(self, size: int) -> None:
+        """Give the disk another size in bytes, rounded up to pages, but never less than is in use."""
+        page = os.statvfs(self.folder).f_frsize
+        pages = max(-(-size // page) * page, self.in_use(), page)  # 0 would be no limit
+        refusal = mount("-o", f"remount,size={pages}", str(self.folder))
+        assert not refusal, refusal
 
 
 def mount(*arguments: str) -> str:
@@ -64,7 +71,7 @@ def test_masks_that_do_not_fit_are_named_and_come_with_the_next_run(disk, tmp_pa
     expected = kills.digests(disk.folder / "out")
     for path in (disk.folder / "out").iterdir():
         path.unlink()
-    disk.resize(f"{4 * (pages + 1)}k")  # a page for the folder
+    disk.resize(4096 * (pages + 1))  # a page for the folder
     status, said = run(solution.main, *call)
     left = kills.digests(disk.folder / "out")
     assert status == 0 if left == expected else status in (1, 2)
@@ -84,10 +91,10 @@ def prepare_twice(disk, call, shares: list[float]) -> None:
     expected = kills.digests(out)
     assert run(prep_main, *call, "--overwrite")[0] == 0
     assert kills.digests(out) == expected
-    used = sum(path.stat().st_size for path in out.rglob("*"))
+    used = disk.in_use()
     statuses = []
     for share in shares:
-        disk.resize(f"{int(used * (1 + share)) // 1024}k")  # the older store takes its place
+        disk.resize(int(used * (1 + share)))  # the older store takes its place
         status, said = run(prep_main, *call, "--overwrite")
         assert status == 0 or "free space" in said, said
         statuses.append(status)
@@ -116,7 +123,7 @@ def test_prep_hkh_keeps_the_older_store_on_a_full_disk(disk, tmp_path):
 
 def test_a_full_disk_leaves_no_store_where_there_was_none(disk, tmp_path):
     kills.lay_out_training(tmp_path / "in", 8, 48)
-    disk.resize("100k")
+    disk.resize(100 * 1024)
     status, said = run(prep_main, "competition", "--data", tmp_path / "in", "--out", disk.folder / "store")
     assert status == 2 and "free space" in said
     assert list(disk.folder.iterdir()) == []

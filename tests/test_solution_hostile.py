@@ -4,11 +4,13 @@ Most of these once ended solution.py in a traceback, a hang or a lost mask; `mak
 """
 
 import copy
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,47 +231,78 @@ def test_a_strange_number_of_threads_is_no_error(monkeypatch):
     assert solution.usable_cores() >= 1
 
 
+# Imports PyTorch once; each command line then runs in a child of a user who may not do all.
 UNPRIVILEGED = """
-import os, sys
+import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import solution
-if os.geteuid() == 0:
-    os.setgroups([]), os.setgid(65534), os.setuid(65534)
-sys.exit(solution.main(sys.argv[2:]))
+ended = {}
+for name, arguments in json.load(sys.stdin).items():
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            os.dup2(os.open(arguments[0] + ".said", os.O_WRONLY | os.O_CREAT), 2)
+            if os.geteuid() == 0:
+                os.setgroups([]), os.setgid(65534), os.setuid(65534)
+            status = solution.main(arguments)
+        except BaseException as error:
+            print("Traceback", repr(error), file=sys.stderr)
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ended[name] = [status, open(arguments[0] + ".said").read()]
+print(json.dumps(ended))
 """
+HIDDEN = ["in", "in/Band3", "in/Band3/img001.tif", "out"]
 
 
-def run_unprivileged(*arguments):
-    """Run the command line as a user who may not do all; root may."""
-    command = [sys.executable, "-c", UNPRIVILEGED, str(PROJECT), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def open_folder(tmp_path_factory):
     """Return a folder that any user can reach."""
     folder = tmp_path_factory.mktemp("open")
-    for parent in [folder, *list(folder.parents)[:2]]:
-        parent.chmod(0o755)
+    top = Path(tempfile.gettempdir())
+    for parent in [folder, *folder.parents]:
+        if top in parent.parents:
+            parent.chmod(0o755)
     return folder
 
 
-@pytest.mark.parametrize("hidden", ["in", "in/Band3", "in/Band3/img001.tif", "out"])
-def test_places_without_permission_are_errors_not_tracebacks(open_folder, weights, hidden):
-    for number in (1, 2):
-        write_tile(open_folder / "in", f"00{number}", scene_numbers(number)[:32, :40])
-    (open_folder / "out").mkdir(mode=0o777)
-    (open_folder / "out").chmod(0o777)
+@pytest.fixture(scope="module")
+def unprivileged(open_folder, weights):
+    """Run the command line with each of HIDDEN closed to its user; return {hidden: (status, said, masks)}."""
     (open_folder / "model.pth").write_bytes(weights.read_bytes())
-    (open_folder / hidden).chmod(0o000)
-    ended = run_unprivileged(open_folder / "in", open_folder / "out", "--weights", open_folder / "model.pth")
-    (open_folder / hidden).chmod(0o755)
-    assert "Traceback" not in ended.stderr, ended.stderr
-    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert ended.returncode == (1 if "Band3" in hidden else 2), ended.stderr
+    commands = {}
+    for case, hidden in enumerate(HIDDEN):
+        root = open_folder / str(case)
+        for number in (1, 2):
+            write_tile(root / "in", f"00{number}", scene_numbers(number)[:32, :40])
+        (root / "out").mkdir()
+        (root / "out").chmod(0o777)
+        (root / hidden).chmod(0o000)
+        commands[hidden] = [str(root / "in"), str(root / "out"), "--weights", str(open_folder / "model.pth")]
+    command = [sys.executable, "-c", UNPRIVILEGED, str(PROJECT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(
+        command, input=json.dumps(commands), env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    ended = {}
+    for case, (hidden, (status, said)) in enumerate(json.loads(run.stdout).items()):
+        (open_folder / str(case) / hidden).chmod(0o755)
+        ended[hidden] = (status, said, contents(open_folder / str(case) / "out"))
+    return ended
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_places_without_permission_are_errors_not_tracebacks(unprivileged, hidden):
+    status, said, masks = unprivileged[hidden]
+    assert "Traceback" not in said, said
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert status == (1 if "Band3" in hidden else 2), said
     assert hidden.rpartition("/")[2] in errors[0]
-    assert len(contents(open_folder / "out")) == (2 if "Band3" in hidden else 0)
+    assert len(masks) == (2 if "Band3" in hidden else 0)
     assert len(errors) == (2 if hidden == "in/Band3" else 1)
 
 

@@ -349,7 +349,7 @@ def test_the_command_writes_a_zip_only_after_a_passed_check(tmp_path, tiles, cap
         solution, weights = write_submission(tmp_path / name, code)
         files = ["--solution", str(solution), "--weights", str(weights)]
         return submission.run_submission(
-            parser.parse_args([*files, "--tiles", str(tiles), "--timed-tiles", "1", "--out", str(out)])
+            parser.parse_args([*files, "--data", str(tiles), "--timed-tiles", "1", "--out", str(out)])
         )
 
     assert run("bad", HONEST.replace("level, 85, 0)", "level, 1, 0)")) == 1

@@ -7,8 +7,6 @@ import support
 import torch
 
 from train.check.budget import (
-    KNOWN_GMAC,
-    KNOWN_SECONDS,
     MEMORY_AIM,
     Batch,
     Plan,
@@ -21,6 +19,7 @@ from train.check.budget import (
 from train.check.masks import Outcome, judge_agreement
 from train.check.processes import Candidate
 from train.check.verdict import CheckResult, format_results
+from train.limits import KNOWN_GMAC, KNOWN_SECONDS
 from train.work import count_gmac
 
 B0 = {"encoder_name": "efficientnet-b0"}

@@ -15,6 +15,7 @@ from train.config import load_config
 from train.fit import RunError, fit_fold
 
 
+@pytest.mark.slow
 def test_killed_runs_leave_whole_files_and_the_next_run_ends_alike():
     """In a process of its own: it forks, which no process does well that has used threads."""
     paths = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])

@@ -21,7 +21,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that trains folds."""
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see train/configs/")
     parser.add_argument("--run", type=Path, required=True, help="folder for the results, e.g. runs/unet")
-    parser.add_argument("--folds", type=fold_numbers, help="fold numbers, e.g. 0,1,2; default: all folds")
+    parser.add_argument("--folds", type=whole_numbers, help="fold numbers, e.g. 0,1,2; default: all folds")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. optim.lr=3e-4")
 
 
@@ -341,7 +341,8 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_pack(arguments: argparse.Namespace) -> int:
     """Pack the folds of one run, or of several under a budget, into one model.pth and write its card."""
-    alone = len(arguments.run) == 1 and arguments.max_mb is None and arguments.max_gmac is None
+    of_mixtures = (arguments.max_mb, arguments.max_gmac, arguments.networks, arguments.oof)
+    alone = len(arguments.run) == 1 and all(given is None for given in of_mixtures)
     return pack_run(arguments) if alone else pack_runs(arguments)
 
 
@@ -551,8 +552,8 @@ def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=Path, default=Path("reports/ablations.md"), help="default: %(default)s"
     )
-    parser.add_argument("--seeds", type=fold_numbers, default=[0], help="e.g. 0,1; default: 0")
-    parser.add_argument("--folds", type=fold_numbers, help="e.g. 0,1; default: all folds")
+    parser.add_argument("--seeds", type=whole_numbers, default=[0], help="e.g. 0,1; default: 0")
+    parser.add_argument("--folds", type=whole_numbers, help="e.g. 0,1; default: all folds")
     parser.add_argument("--steps", type=int, help="steps of every fold; default: as each config says")
     parser.add_argument("--jobs", type=int, help="processes at once, one thread each; default: one a core")
     parser.add_argument(
@@ -597,7 +598,7 @@ def run_grader_check(arguments: argparse.Namespace) -> int:
     return grader_check(*given, optional=arguments.optional)
 
 
-def fold_numbers(text: str) -> list[int]:
+def whole_numbers(text: str) -> list[int]:
     """Return the numbers in text such as "0,1,2"."""
     return [int(number) for number in text.split(",")]
 

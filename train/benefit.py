@@ -12,12 +12,9 @@ import time
 from pathlib import Path
 from typing import Iterator, NamedTuple, Sequence
 
-import cv2
 import numpy as np
-from sklearn.metrics import matthews_corrcoef
 from tqdm import tqdm
 
-import solution
 from prep import competition, hkh
 from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 from prep.store import SPLIT_SCHEME
@@ -25,7 +22,9 @@ from prep.synthetic import write_sample
 from train.config import Config, load_config
 from train.files import FOLD_FILE, fold_folder, write_text
 from train.fit import fit_fold
+from train.mask_files import CLASSES
 from train.package import pack
+from train.score_masks import score_masks
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = PROJECT / "train" / "configs" / "smoke.yaml"
@@ -160,20 +159,8 @@ def predict(data: Path, out: Path, weights: Path) -> None:
 
 def score(data: Path, masks: Path) -> tuple[float, float]:
     """Return the MCC of masks over pixels with data: of four classes, and of glacier against the rest."""
-    truths, founds = [], []
-    for tile in solution.find_tiles(data):
-        path = masks / f"{Path(tile.name).stem}.png"
-        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        if mask is None:
-            raise ValueError(f"{path}: cannot be read as a mask; run solution.py again")
-        label = solution.decode_tiff(data / "label" / tile.name)[0]
-        valid = solution.valid_mask(solution.read_tile(tile))
-        truths.append(label[valid].astype(int))
-        founds.append(mask[valid].astype(int))
-    truth, found = np.concatenate(truths), np.concatenate(founds)
-    glacier = [solution.CLASS_VALUES[index] for index in solution.GLACIER_GROUP]
-    extent = matthews_corrcoef(np.isin(truth, glacier), np.isin(found, glacier))
-    return float(matthews_corrcoef(truth, found)), float(extent)
+    scores = score_masks(masks, data, phase="phase2", values=CLASSES, data=data)["valid_pixels"]
+    return scores["four_class"]["mcc"], scores["binary"]["mcc"]
 
 
 # --- The report -----------------------------------------------------------------------------------

@@ -257,85 +257,105 @@ def check_config(config: Config) -> None:
             raise ConfigError(f"{key} is {value!r}, expected {expected}")
 
 
-def _rules(config: Config) -> list[tuple[str, Any, bool, str]]:
-    """List (key, value, is it sensible, what was expected)."""
-    data, augment, loss, optim, train = config.data, config.augment, config.loss, config.optim, config.train
-    classes = len(CLASS_NAMES)
-    shares, scale, weights = data.class_shares, augment.scale, loss.class_weights
-    momentum = config.model.batchnorm_momentum
-    terms = {name: getattr(loss, name) for name in LOSS_TERMS}
+Rule = tuple[str, Any, bool, str]  # key, value, is it sensible, what was expected
+
+
+def _rules(config: Config) -> list[Rule]:
+    return [
+        *_data_rules(config.data),
+        *_augment_rules(config.augment),
+        *_model_rules(config.model),
+        *_loss_rules(config.loss),
+        *_optim_rules(config.optim),
+        *_train_rules(config.train),
+        *_trainer_rules(config.trainer, config.data.batch_size),
+        *_distil_rules(config.distil),
+    ]
+
+
+def _data_rules(data: DataConfig) -> list[Rule]:
+    shares, unsplit = data.class_shares, data.unsplit_glacier
     return [
         ("data.crop", data.crop, _is_crop(data.crop), f"a positive multiple of {STRIDE}"),
         ("data.batch_size", data.batch_size, data.batch_size >= 2, "2 or more (BatchNorm needs a batch)"),
         ("data.steps_per_epoch", data.steps_per_epoch, data.steps_per_epoch >= 1, "1 or more"),
-        ("data.class_shares", shares, _is_weights(shares), f"{classes} numbers >= 0, not all 0"),
+        ("data.class_shares", shares, _is_weights(shares), f"{len(CLASS_NAMES)} numbers >= 0, not all 0"),
         ("data.scaling", data.scaling, data.scaling in SCALINGS, " or ".join(SCALINGS)),
+        ("data.unsplit_glacier", unsplit, unsplit in ("set", "clean"), "set or clean"),
         ("data.mix", data.mix, 0 <= data.mix <= 1, "0 to 1"),
         ("data.workers", data.workers, data.workers >= 0, "0 or more"),
+    ]
+
+
+def _augment_rules(augment: AugmentConfig) -> list[Rule]:
+    scale = augment.scale
+    return [
         ("augment.affine_share", augment.affine_share, 0 <= augment.affine_share <= 1, "0 to 1"),
         ("augment.rotate", augment.rotate, 0 <= augment.rotate <= 180, "0 to 180 degrees"),
         ("augment.scale", scale, _is_range(scale), "two numbers 0 < smallest <= largest"),
         ("augment.gain", augment.gain, 0 <= augment.gain < 1, "0 or more, under 1"),
         ("augment.offset", augment.offset, augment.offset >= 0, "0 or more"),
         ("augment.illumination", augment.illumination, 0 <= augment.illumination < 1, "0 or more, under 1"),
+    ]
+
+
+def _model_rules(model: ModelConfig) -> list[Rule]:
+    momentum, alone = model.batchnorm_momentum, not (model.pretrained and (model.init or model.imagenet))
+    other = "null where model.init or model.imagenet gives the first weights"
+    return [
         ("model.batchnorm_momentum", momentum, momentum is None or 0 < momentum <= 1, "null or 0 to 1"),
-        ("model.dropout", config.model.dropout, 0 <= config.model.dropout < 1, "0 or more, under 1"),
-        (
-            "model.pretrained",
-            config.model.pretrained,
-            not (config.model.pretrained and (config.model.init or config.model.imagenet)),
-            "null where model.init or model.imagenet gives the first weights",
-        ),
+        ("model.dropout", model.dropout, 0 <= model.dropout < 1, "0 or more, under 1"),
+        ("model.pretrained", model.pretrained, alone, other),
+    ]
+
+
+def _loss_rules(loss: LossConfig) -> list[Rule]:
+    terms = {name: getattr(loss, name) for name in LOSS_TERMS}
+    weights, ramp = loss.class_weights, loss.boundary_ramp_epochs
+    each_class = weights is None or _is_weights(weights)
+    return [
         *((f"loss.{term}", weight, 0 <= weight < math.inf, "0 or more") for term, weight in terms.items()),
         ("loss.focal", loss.focal, sum(terms.values()) > 0, f"more than 0, or one of {', '.join(terms)}"),
         ("loss.gamma", loss.gamma, loss.gamma >= 0, "0 or more"),
         ("loss.auxiliary", loss.auxiliary, 0 <= loss.auxiliary < math.inf, "0 or more"),
-        (
-            "loss.class_weights",
-            weights,
-            weights is None or _is_weights(weights),
-            f"null or {classes} numbers",
-        ),
+        ("loss.class_weights", weights, each_class, f"null or {len(CLASS_NAMES)} numbers"),
         ("loss.boundary_sigma", loss.boundary_sigma, 0 < loss.boundary_sigma <= 32, "0 to 32 pixels"),
         ("loss.interface_weight", loss.interface_weight, loss.interface_weight >= 1, "1 or more"),
-        ("loss.boundary_ramp_epochs", loss.boundary_ramp_epochs, loss.boundary_ramp_epochs >= 0, "0 or more"),
+        ("loss.boundary_ramp_epochs", ramp, ramp >= 0, "0 or more"),
         ("loss.tversky_alpha", loss.tversky_alpha, loss.tversky_alpha > 0, "more than 0"),
         ("loss.tversky_beta", loss.tversky_beta, loss.tversky_beta > 0, "more than 0"),
         ("loss.border_smoothing", loss.border_smoothing, 0 <= loss.border_smoothing <= 0.5, "0 to 0.5"),
         ("loss.border_sigma", loss.border_sigma, 0 < loss.border_sigma <= 16, "0 to 16 pixels"),
+    ]
+
+
+def _optim_rules(optim: OptimConfig) -> list[Rule]:
+    factor = optim.encoder_lr_factor
+    return [
         ("optim.lr", optim.lr, optim.lr > 0, "more than 0"),
-        (
-            "optim.encoder_lr_factor",
-            optim.encoder_lr_factor,
-            0 <= optim.encoder_lr_factor < math.inf,
-            "0 or more",
-        ),
+        ("optim.encoder_lr_factor", factor, 0 <= factor < math.inf, "0 or more"),
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
         ("optim.grad_clip", optim.grad_clip, optim.grad_clip >= 0, "0 or more"),
         ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more"),
-        (
-            "data.unsplit_glacier",
-            data.unsplit_glacier,
-            data.unsplit_glacier in ("set", "clean"),
-            "set or clean",
-        ),
         ("optim.schedule", optim.schedule, optim.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         ("optim.plateau_factor", optim.plateau_factor, 0 < optim.plateau_factor < 1, "between 0 and 1"),
         ("optim.plateau_patience", optim.plateau_patience, optim.plateau_patience >= 0, "0 or more"),
         ("optim.restart_epochs", optim.restart_epochs, optim.restart_epochs >= 1, "1 or more"),
         ("optim.ema_decay", optim.ema_decay, 0 <= optim.ema_decay < 1, "0 or more, under 1"),
+    ]
+
+
+def _train_rules(train: TrainConfig) -> list[Rule]:
+    return [
         ("train.epochs", train.epochs, train.epochs >= 1, "1 or more"),
         ("train.early_stop", train.early_stop, train.early_stop >= 0, "0 or more"),
         ("train.keep", train.keep, train.keep in ("best", "last"), "best or last"),
         ("train.seed", train.seed, 0 <= train.seed < 2**31, "0 to 2147483647"),
         ("train.threads", train.threads, train.threads >= 0, "0 or more"),
-        *_trainer_rules(config.trainer, data.batch_size),
-        *_distil_rules(config.distil),
     ]
 
 
-def _trainer_rules(trainer: TrainerConfig, batch_size: int) -> list[tuple[str, Any, bool, str]]:
-    """List the same of what a run trains on."""
+def _trainer_rules(trainer: TrainerConfig, batch_size: int) -> list[Rule]:
     numbers = {"devices": trainer.devices, "num_nodes": trainer.num_nodes}
     rules = [(f"trainer.{key}", number, number >= 1, "1 or more") for key, number in numbers.items()]
     processes = max(1, trainer.processes)
@@ -350,8 +370,7 @@ def _trainer_rules(trainer: TrainerConfig, batch_size: int) -> list[tuple[str, A
     return [*rules, ("data.batch_size", batch_size, processes == 1 or shared, of_each)]
 
 
-def _distil_rules(distil: DistilConfig) -> list[tuple[str, Any, bool, str]]:
-    """List the same of what a student learns."""
+def _distil_rules(distil: DistilConfig) -> list[Rule]:
     shares = distil.shares
     sources = len(shares) == 3 and shares[0] > 0 and min(shares) >= 0
     _, unlabelled, synthetic = shares if sources else (1.0, 0.0, 0.0)

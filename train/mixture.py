@@ -26,9 +26,9 @@ from train.data import ALL_TILES
 from train.evaluate import load_passes, read_folds, usable_views
 from train.files import OOF_FOLDER, RUN_FILE, write_array, write_json
 from train.fit import RunError
+from train.limits import KNOWN_GMAC, MAX_BYTES
 from train.metrics import TileCounts, count_tile, jackknife_error, score_tiles
 from train.package import (
-    MAX_BYTES,
     Order,
     assemble,
     read_calibration,
@@ -36,7 +36,7 @@ from train.package import (
     to_half,
     write_model,
 )
-from train.pareto import KNOWN_TO_PASS, open_runs
+from train.pareto import open_runs
 from train.text import NONE, markdown_table, mcc_text
 from train.work import count_gmac
 
@@ -69,7 +69,7 @@ class Budget(NamedTuple):
     each run (None: all its folds)."""
 
     size: float = MAX_BYTES
-    gmac: float = KNOWN_TO_PASS
+    gmac: float = KNOWN_GMAC
     networks: int | None = None
 
 

@@ -16,14 +16,11 @@ from train.data import ALL_TILES
 from train.evaluate import read_folds, usable_views
 from train.files import SCORES_FILE, write_text, write_whole
 from train.fit import RunError
+from train.limits import KNOWN_SECONDS, MAX_BYTES
 from train.networks import COMPARED
 from train.submission import sha256
 from train.text import number_text
 
-MAX_BYTES = 300_000_000  # the organisers' limit for model.pth
-# Seconds that a run may take unless told otherwise: what is known to pass the platform (entries that took
-# longer ended in HTTP 504).
-TIME_BUDGET = 45.0
 CARD_SCORES = (
     ("valid_pixels", "binary", "glacier of either kind against the rest, valid pixels"),
     ("valid_pixels", "four_class", "four classes (tiles with phase-2 labels), valid pixels"),
@@ -158,7 +155,7 @@ def assemble(records: Sequence[Mapping], calibration: Mapping, order: Order) -> 
         "format": MODEL_FORMAT,
         "members": [as_stored_member(record) for record in records],
         "passes": [[number, view] for number, view in order.passes if view < usable_views(records[number])],
-        "time_budget": TIME_BUDGET,
+        "time_budget": KNOWN_SECONDS,
         "class_bias": list(calibration["class_bias"]),
         "postprocess": dict(calibration["postprocess"]),
         "provenance": {

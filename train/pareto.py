@@ -39,12 +39,13 @@ from train.calibrate import NO_BIAS, STEPS, Run, Settings, open_run, predict_wit
 from train.evaluate import as_member, load_passes, read_folds
 from train.files import write_json, write_text
 from train.fit import RunError
+from train.limits import KNOWN_GMAC
 from train.metrics import TileCounts, count_tile, jackknife_error, score_tiles
-from train.report import DPI, score_run
+from train.pictures import save_figure
+from train.report import score_run
 from train.text import NONE, markdown_table, mcc_text, plural
 from train.work import count_gmac
 
-KNOWN_TO_PASS = 160  # GMAC a tile: the most that is known to have passed the platform (one entrant's runs)
 REPEATS = 5  # of a timed pass
 TIMED_TILES = 3  # for the steps after the passes
 CLEANING = "specks and holes"  # a key of calibrate.STEPS
@@ -593,10 +594,7 @@ def write_report(
     path: Path, measured: Measurement, after: Sequence[AfterPasses], commands: Sequence[str]
 ) -> None:
     """Write the tables as Markdown, and the score against work as `<stem>.png` beside it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = path.with_suffix(".png")
-    draw_scores(measured.cells).savefig(picture, dpi=DPI, metadata={"Software": None})
+    picture = save_figure(draw_scores(measured.cells), Path(path).with_suffix(".png"))
     sections = [
         "# What further passes are worth",
         "\n".join(("```sh", *commands, "```")),
@@ -630,8 +628,8 @@ def explain(measured: Measurement) -> str:
         views=len(VIEWS),
         every=folds * len(VIEWS),
         all_gmac=folds * len(VIEWS) * cost.gmac,
-        limit=KNOWN_TO_PASS,
-        fitting=int(KNOWN_TO_PASS / cost.gmac),
+        limit=KNOWN_GMAC,
+        fitting=int(KNOWN_GMAC / cost.gmac),
         gmac=cost.gmac,
     )
 
@@ -755,7 +753,7 @@ def number_point(axis: Axes, views: int, gmac: float, objective: float) -> None:
 
 def finish_plot(figure: Figure, axis: Axes, columns: int) -> None:
     """Add the limit, the axes and the legend, in so many columns, to a plot of score against work."""
-    axis.axvline(KNOWN_TO_PASS, color="black", linestyle=":", label="most known to pass the platform")
+    axis.axvline(KNOWN_GMAC, color="black", linestyle=":", label="most known to pass the platform")
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter("{x:g}")

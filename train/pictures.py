@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Iterable
 
 import numpy as np
@@ -108,6 +109,13 @@ def add_legend(figure: Figure, codes: Iterable[int]) -> None:
     names = {**CODE_NAMES, IGNORE: "nodata"}
     handles = [Patch(facecolor=CODE_COLOURS[code], edgecolor="grey", label=names[code]) for code in codes]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as a PNG that is the same for the same content, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # its version would change the bytes
+    return path
 
 
 def draw_outlines(axis: Any, classes: np.ndarray, valid: np.ndarray, width: float = 0.8) -> None:

@@ -42,11 +42,11 @@ from train.pictures import (
     draw_outlines,
     false_colour,
     paint_codes,
+    save_figure,
 )
 
 THERMAL = [band.name for band in BANDS].index("thermal")
 ZERO_CELSIUS = 273.15  # kelvin
-DPI = 100
 TILES_A_SHEET, TILES_A_LINE = 24, 6
 SHEET = "contact_sheet"
 SHOWN_CODES = (OTHER, GLACIER, DEBRIS, LAKE, IGNORE)
@@ -303,13 +303,6 @@ def write_quicklooks(
             written.append(save_figure(draw_quicklook(view), out / f"{view.tile_id}.png"))
         thumbnails.append(make_thumbnail(view))
     return [*written, *write_contact_sheets(thumbnails, out if only_sheet else out / f"{SHEET}.png")]
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as a PNG that is the same for the same content, and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    return path
 
 
 def _open_model(weights: Path) -> Model:

@@ -28,12 +28,10 @@ from train.metrics import (
     pool,
     score_tiles,
 )
-from train.pictures import CODE_COLOURS, add_legend, false_colour, paint_codes
+from train.pictures import CODE_COLOURS, add_legend, false_colour, paint_codes, save_figure
 from train.text import NONE, markdown_table, number_text
 
 STRIPS_FOLDER = "strips"
-
-DPI = 100
 
 INTRODUCTION = """\
 Every tile is scored on the prediction of a model that never saw it, and the pixels of all tiles are pooled.
@@ -216,7 +214,7 @@ def write_report(
     runs = {name: score_run(run_dir, store) for name, run_dir in run_dirs.items()}
     figures = {"confusion": draw_confusions(runs), "tiles": draw_tile_bars(runs)}
     for name, figure in figures.items():
-        _save(figure, out.with_name(f"{out.stem}_{name}.png"))
+        save_figure(figure, out.with_name(f"{out.stem}_{name}.png"))
     write_text(out, _markdown(runs, out.stem, commands))
     for name, run_dir in run_dirs.items():
         write_strips(Path(run_dir), store, telling_tiles(runs[name]))
@@ -388,7 +386,7 @@ def write_strips(run_dir: Path, store: TileStore, tile_ids: Sequence[str]) -> li
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{tile_id}.png" for tile_id in tile_ids]
     for tile_id, path in zip(tile_ids, paths):
-        _save(_draw_strip(store, tile_id, predicted_classes(run_dir, store, tile_id)), path)
+        save_figure(_draw_strip(store, tile_id, predicted_classes(run_dir, store, tile_id)), path)
     return paths
 
 
@@ -407,7 +405,3 @@ def _draw_strip(store: TileStore, tile_id: str, predicted: np.ndarray) -> Figure
         axis.set_axis_off()
     add_legend(figure, CODE_COLOURS)
     return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})  # its version would change the bytes

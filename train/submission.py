@@ -105,9 +105,9 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solution", type=Path, default=SOLUTION, help="default: %(default)s")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: %(default)s")
     parser.add_argument(
-        "--tiles",
+        "--data",
         type=Path,
-        help="data folder with Band1 ... Band5; default: synthetic tiles of both namings",
+        help="folder with Band1 ... Band5; default: synthetic tiles of both namings",
     )
     parser.add_argument(
         "--timed-tiles",
@@ -131,7 +131,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         results = check_submission(
             arguments.solution,
             arguments.weights,
-            arguments.tiles,
+            arguments.data,
             Path(workdir),
             arguments.python,
             WHOLE_BATCH._replace(tiles=arguments.timed_tiles),

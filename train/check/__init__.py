@@ -25,7 +25,7 @@ from train.submission import SubmissionError
 def check_submission(
     solution: Path,
     weights: Path,
-    tiles: Path | None,
+    data: Path | None,
     workdir: Path,
     python: str = sys.executable,
     batch: Batch = WHOLE_BATCH,
@@ -35,14 +35,14 @@ def check_submission(
     Args:
         solution: the solution.py to submit, any that keeps this kit's interface.
         weights: its model.pth.
-        tiles: data folder; None makes synthetic tiles of both naming styles.
+        data: folder with Band1 ... Band5; None makes synthetic tiles of both naming styles.
         workdir: an empty folder for tiles and masks; some tiles are left in it.
         python: the interpreter that runs the submission.
         batch: the synthetic tiles that are segmented against the clock.
 
     Raises:
         SubmissionError: a file or the interpreter is not there.
-        solution.InputError, solution.TileError: `tiles` cannot be used.
+        solution.InputError, solution.TileError: `data` cannot be used.
     """
     for path in (solution, weights):
         if not path.is_file():
@@ -51,7 +51,7 @@ def check_submission(
             )
     workdir = workdir.resolve()
     python = find_interpreter(python)
-    cases = lay_out_cases(tiles, workdir)
+    cases = lay_out_cases(data, workdir)
     copies = copy_submission(solution, weights, workdir)
     damaged = make_damaged_weights(copies[1], workdir / "damaged")
     steps = Steps(1 + len(cases) * (len(COMMAND_LINES) + 1) + len(damaged) + 2)

@@ -21,12 +21,10 @@ from solution import (
 from train.check.cases import SAMPLE_SEED, Case, lay_out_case
 from train.check.processes import Candidate, Run, judge_run, run_bare, submitted_files
 from train.check.verdict import CheckResult, judge
+from train.limits import KNOWN_GMAC, KNOWN_SECONDS
 from train.memory import peak_memory
-from train.package import TIME_BUDGET
 from train.work import count_gmac
 
-KNOWN_SECONDS = TIME_BUDGET  # in all, starting Python included
-KNOWN_GMAC = 160.0  # a tile
 MEMORY_AIM = 2e9  # bytes; what the platform has is not known
 MOST_CORES = 2  # the platform's cores are few
 TILE_SIZE = 512  # px, of the competition's tiles

@@ -71,10 +71,10 @@ def copy_bands(files: TileFiles, data: Path) -> None:
         shutil.copyfile(path, data / band.folder / path.name)
 
 
-def lay_out_cases(tiles: Path | None, workdir: Path) -> list[Case]:
-    """Return the cases to run: the tiles in `tiles`, else the same synthetic scenes in both naming styles."""
-    if tiles is not None:
-        return [lay_out_case("given tiles", tiles, workdir / "given")]
+def lay_out_cases(data: Path | None, workdir: Path) -> list[Case]:
+    """Return the cases to run: the tiles in `data`, else the same synthetic scenes in both naming styles."""
+    if data is not None:
+        return [lay_out_case("given tiles", data, workdir / "given")]
     cases = []
     for naming in NAMINGS:
         scenes = workdir / f"{naming}-scenes"

@@ -20,7 +20,7 @@ from train.check.processes import (
     submitted_files,
 )
 from train.check.verdict import CheckResult, judge
-from train.package import MAX_BYTES
+from train.limits import MAX_BYTES
 
 # What `model.pth` has to hold, see "Contracts" in the architecture.
 MODEL_KEYS = ("format", "members", "passes", "class_bias", "postprocess", "provenance")
