@@ -313,6 +313,7 @@ def test_the_report_says_whether_the_machine_was_idle_and_what_was_chosen():
     assert "load average 3.9" in bench.format_report(measurements(load=3.9), "make bench")
 
 
+@pytest.mark.slow
 def test_the_command_measures_everything(weights, tmp_path, capsys):
     out = tmp_path / "reports" / "bench.md"
     assert main(["bench", "--quick", "--tiles", "2", "--weights", str(weights), "--out", str(out)]) == 0
