@@ -259,14 +259,12 @@ HIDDEN = ["in", "in/Band3", "in/Band3/img001.tif", "out"]
 
 
 @pytest.fixture(scope="module")
-def open_folder(tmp_path_factory):
-    """Return a folder that any user can reach."""
-    folder = tmp_path_factory.mktemp("open")
-    top = Path(tempfile.gettempdir())
-    for parent in [folder, *folder.parents]:
-        if top in parent.parents:
-            parent.chmod(0o755)
-    return folder
+def open_folder():
+    """Return a folder that any user can reach; every pytest that starts closes those of pytest."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 @pytest.fixture(scope="module")
