@@ -103,11 +103,14 @@ def test_stages_of_other_threads_are_not_within_those_of_this_one():
 
 def test_the_stages_of_a_run_add_up_to_it():
     stages = {"loading the weights": 2.0, "reading": 5.0, "forward passes": 10.0, "writing": 4.0}
-    completed = bench_runs.complete(stages, 13.5)
+    completed = bench_runs.complete(stages, 13.5, 1)
     assert completed["everything else"] == 1.5
     in_line = [seconds for stage, seconds in completed.items() if stage not in bench_runs.ASIDE]
     assert sum(in_line) == 13.5
     assert set(completed) == {*bench_runs.STAGES, bench_runs.FORWARD, bench_runs.OTHERWISE}
+    shared = bench_runs.complete(stages, 13.5, 4)
+    assert (shared["loading the weights"], shared["reading"]) == (2.0, 5.0), "in one thread"
+    assert (shared["forward passes"], shared["everything else"]) == (2.5, 9.0)
 
 
 def test_a_watched_run_gives_the_same_masks_and_leaves_solution_as_it_was(tiles, weights, tmp_path):
@@ -132,9 +135,9 @@ def test_the_bare_passes_are_those_of_the_run(tiles, weights):
     with torch.inference_mode():
         inputs = bench_runs.pass_inputs(model, image)
         assert len(inputs) == len(model.passes) == 12
-        for (network, x), (number, view) in zip(inputs, model.passes):
+        for (network, x, view), (number, _) in zip(inputs, model.passes):
             assert network is model.members[number].network
-            probs = solution.VIEWS[view].inverse(network(x).softmax(1))
+            probs = view.inverse(network(view.forward(x)).softmax(1))
             total = total + model.members[number].weight * probs
     height, width = image.shape[:2]
     mean = (total / total.sum(1, keepdim=True))[0, :, :height, :width]
@@ -142,10 +145,11 @@ def test_the_bare_passes_are_those_of_the_run(tiles, weights):
     np.testing.assert_allclose(solution.to_array(mean), expected, atol=1e-5)
 
 
-def test_the_form_of_a_run_is_recognised(weights):
+def test_the_form_of_a_run_is_recognised(weights, monkeypatch):
     model = solution.load_model(weights)
-    torch.set_num_threads(2)
-    assert bench_runs.describe_form(model) == {"threads": 2, "channels_last": False}
+    monkeypatch.setattr(solution, "usable_cores", lambda: 6)
+    expected = {"workers": 3, "threads": 2, "channels_last": False}
+    assert bench_runs.describe_form(model._replace(workers=3)) == expected
     model.members[0].network.to(memory_format=torch.channels_last)
     assert bench_runs.describe_form(model)["channels_last"]
 
@@ -197,16 +201,18 @@ def test_every_form_gives_the_probabilities_of_the_plain_one(tiles, weights):
     forms = bench_runs.time_forms(str(tiles), str(weights))["forms"]
     names = [form["name"] for form in forms]
     counts = bench_runs.thread_counts()
-    assert names[: len(counts) + 4] == [
+    assert names[: len(counts) + 6] == [
         *["plain"] * len(counts),
         "four views in a batch",
         "BatchNorm not folded",
         "channels_last",
         "channels_last, input too",
+        f"{counts[-1]} side by side",
+        f"{counts[-1]} side by side, channels_last",
     ]
     assert [form["threads"] for form in forms[: len(counts)]] == counts
     assert all(form["seconds"] > 0 and form["difference"] < 1e-4 for form in forms)
-    traced = names[len(counts) + 4 :]
+    traced = names[len(counts) + 6 :]
     assert len(traced) == 4 and traced == [form["name"] for form in forms if form["once"]]
 
 
@@ -252,14 +258,17 @@ def test_the_scene_gets_the_first_pass_only(weights, tmp_path):
 
 def measurements(**changes) -> Measurements:
     """Return made-up measurements: ten tiles, of 1 s for passes each, and 2 s that are spent once."""
-    stages = bench_runs.complete({"loading the weights": 2.0, "forward passes": 10.0, "reading": 1.0}, 13.0)
+    stages = bench_runs.complete(
+        {"loading the weights": 2.0, "forward passes": 10.0, "reading": 1.0}, 13.0, 1
+    )
     whole = {
         "whole": [[12.0, 20.0], [14.0, 22.0]],
         "bare": [[9.0, 19.0], [11.0, 21.0]],
         "stages": [stages, stages],
         "passes": 40,
         "peak_memory": 2_000_000_000,
-        "threads": 2,
+        "workers": 2,
+        "threads": 1,
         "channels_last": True,
     }
     forms = [
@@ -309,7 +318,8 @@ def test_the_table_of_stages_repeats_the_seconds():
 def test_the_report_says_whether_the_machine_was_idle_and_what_was_chosen():
     idle = bench.format_report(measurements(), "make bench")
     assert "busy" not in idle
-    assert "The run chose: channels_last, threads: 2 (untimed" in idle
+    assert "The run chose: channels_last (untimed" in idle
+    assert "2 tiles side by side, threads of each: 1." in idle
     assert "load average 3.9" in bench.format_report(measurements(load=3.9), "make bench")
 
 

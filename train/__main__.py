@@ -466,7 +466,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `bench`."""
     parser.add_argument("--data", type=Path, help="folder with Band1 ... Band5; default: synthetic tiles")
-    parser.add_argument("--tiles", type=int, default=6, help="how many of them (default: %(default)s)")
+    parser.add_argument("--tiles", type=int, default=25, help="how many of them (default: %(default)s)")
     parser.add_argument(
         "--weights", type=Path, default=Path("weights/model.pth"), help="default: %(default)s"
     )

@@ -379,7 +379,8 @@ def describe_stages(found: Measurements) -> str:
         f"took {found.plain['seconds'][CLOCK]:.2f} s, the scene {found.scene['seconds']:.0f} s. "
         "In seconds of the processor, summed over threads, which other processes disturb less, the ratios "
         f"are {to_bare:.3f} (bare passes) and {to_plain:.3f} (straightforward). "
-        "*Rest of prediction* is turning views, softmax, mean, bias, decision, cleaning and, if on, the CRF."
+        "*Rest of prediction* is turning views, softmax, mean, bias, decision, cleaning and, if on, the CRF. "
+        "Seconds of stages that several threads pass through are shared by their number."
     )
 
 
@@ -402,7 +403,10 @@ def describe_choice(found: Measurements) -> str:
     chosen = "channels_last" if found.whole["channels_last"] else "plain"
     timed = found.whole["passes"] >= WORTH_TIMING
     why = "by timing" if timed else f"untimed: it had fewer than {WORTH_TIMING} passes to make"
-    return f"The run chose: {chosen}, threads: {found.whole['threads']} ({why})."
+    return (
+        f"The run chose: {chosen} ({why}), {found.whole['workers']} tiles side by side, threads of each: "
+        f"{found.whole['threads']}."
+    )
 
 
 def bench(data: Path | None, tiles: int, weights: Path, out: Path, quick: bool, command: str) -> Measurements:

@@ -17,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
+import numpy as np
 import torch
 
 import solution
@@ -61,10 +62,6 @@ class Seconds(NamedTuple):
     def since(self, earlier: Seconds) -> Seconds:
         """Return the time that has passed from `earlier` to this."""
         return Seconds(self.clock - earlier.clock, self.cpu - earlier.cpu)
-
-    def plus(self, other: Seconds) -> Seconds:
-        """Return the sum."""
-        return Seconds(self.clock + other.clock, self.cpu + other.cpu)
 
 
 # --- Stages ---------------------------------------------------------------------------------------
@@ -127,7 +124,7 @@ class WatchedRun:
         self.peak_memory = peak_memory()
         for member in self.model.members:
             del member.network.forward  # the timed one, which hid that of its class
-        self.stages = complete(dict(self.watch.seconds), self.seconds.clock)
+        self.stages = complete(dict(self.watch.seconds), self.seconds.clock, self.model.workers)
 
     def _segment(self, segment_fully: Callable) -> Callable:
         """Return `segment_fully` with the forward passes of its model counted."""
@@ -141,15 +138,17 @@ class WatchedRun:
         return watched
 
 
-def complete(stages: dict[str, float], whole: float) -> dict[str, float]:
+def complete(stages: dict[str, float], whole: float, workers: int) -> dict[str, float]:
     """Return the seconds by stage in the order of a run, with what is in none of them.
 
     Args:
-        stages: seconds by stage, as far as they occurred.
+        stages: seconds by stage, as far as they occurred, summed over threads.
         whole: seconds of the whole run.
+        workers: threads that segmented tiles side by side: their seconds are shared by it.
     """
     order = [*ONCE, "reading", "waiting for the reading", "normalising", FORWARD, "rest of prediction"]
     ordered = {stage: stages.get(stage, 0.0) for stage in [*order, "writing"]}
+    ordered.update({stage: ordered[stage] / workers for stage in ordered if stage not in (*ONCE, *ASIDE)})
     in_line = sum(seconds for stage, seconds in ordered.items() if stage not in ASIDE)
     return {**ordered, OTHERWISE: whole - in_line}
 
@@ -163,7 +162,7 @@ def time_whole(data: str, weights: str, out: str, rounds: int) -> dict:
     Returns:
         imported_at: time of time.time() at which `solution` was imported. whole, bare: Seconds of each round.
         stages: seconds by stage of each round. passes: in all. peak_memory: bytes, of the first run.
-        threads, channels_last: what the first run chose.
+        workers, threads, channels_last: what the first run chose.
     """
     runs, bare, forms = [], [], []
     for _ in range(rounds):
@@ -185,20 +184,32 @@ def time_whole(data: str, weights: str, out: str, rounds: int) -> dict:
 
 
 def describe_form(model: solution.Model) -> dict:
-    """Return the number of threads and whether the networks are in channels_last."""
+    """Return how many tiles were segmented side by side, the threads of each, and whether the networks are in
+    channels_last."""
     weights = [p for p in model.members[0].network.parameters() if p.dim() == 4 and min(p.shape[1:3]) > 1]
     formats = {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights}
-    return {"threads": torch.get_num_threads(), "channels_last": formats == {True}}
+    threads = max(1, solution.usable_cores() // model.workers)
+    return {"workers": model.workers, "threads": threads, "channels_last": formats == {True}}
 
 
-def pass_inputs(model: solution.Model, image) -> list[tuple[torch.nn.Module, torch.Tensor]]:
-    """Return the network and the input (1, 5, H', W') of each pass over an image (H, W, 5)."""
-    inputs = []
-    for number, view in model.passes:
-        member = model.members[number]
-        x = solution.to_tensor(solution.normalize(image, member.normalization))[None]
-        inputs.append((member.network, solution.VIEWS[view].forward(solution.pad_to_multiple(x))))
-    return inputs
+class PassInput(NamedTuple):
+    """A network, its input (1, 5, H, W), and the view in which it sees that."""
+
+    network: torch.nn.Module
+    x: torch.Tensor
+    view: solution.View
+
+
+def pass_inputs(model: solution.Model, image: np.ndarray) -> list[PassInput]:
+    """Return what each pass over an image (H, W, 5) needs."""
+    inputs = [
+        solution.pad_to_multiple(solution.to_tensor(solution.normalize(image, member.normalization))[None])
+        for member in model.members
+    ]
+    return [
+        PassInput(model.members[number].network, inputs[number], solution.VIEWS[view])
+        for number, view in model.passes
+    ]
 
 
 def bare_seconds(model: solution.Model, data: Path) -> Seconds:
@@ -206,18 +217,18 @@ def bare_seconds(model: solution.Model, data: Path) -> Seconds:
 
     A tile without data has none, as in a run.
     """
-    total = Seconds(0.0, 0.0)
-    for tile in solution.find_tiles(data):
-        image = solution.read_tile(tile)
-        if not solution.valid_mask(image).any():
-            continue
-        inputs = pass_inputs(model, image)
+    images = [solution.read_tile(tile) for tile in solution.find_tiles(data)]
+    tiles = [pass_inputs(model, image) for image in images if solution.valid_mask(image).any()]
+
+    def make_passes(inputs: Sequence[PassInput]) -> None:
         with torch.inference_mode():
-            started = Seconds.now()
-            for network, x in inputs:
-                network(x)
-            total = total.plus(Seconds.now().since(started))
-    return total
+            for network, x, view in inputs:
+                network(view.forward(x))
+
+    started = Seconds.now()
+    for _ in solution.side_by_side(make_passes, tiles, model.workers):
+        pass
+    return Seconds.now().since(started)
 
 
 def time_plain(data: str, weights: str, out: str) -> dict:
@@ -242,7 +253,7 @@ def time_scene(data: str, weights: str, out: str) -> dict:
 
 # --- Forms ----------------------------------------------------------------------------------------
 
-Network = Callable[[torch.Tensor], torch.Tensor]
+Network = Callable[[torch.Tensor], Any]
 
 
 class Form(NamedTuple):
@@ -286,6 +297,8 @@ def time_forms(data: str, weights: str) -> dict:
     with torch.inference_mode():
         forms.append(time_form("channels_last", last, x, expected))
         forms.append(time_form("channels_last, input too", last, last_x, expected))
+        forms.append(time_side_by_side("side by side", member.network, x, expected))
+        forms.append(time_side_by_side("side by side, channels_last", last, x, expected))
     for network, sample, where in ((member.network, x, ""), (last, last_x, ", channels_last")):
         for optimize in (False, True):
             forms.append(time_traced(network, sample, expected, where, optimize, plain.seconds))
@@ -327,6 +340,32 @@ def time_threads(network: Network, x: torch.Tensor, expected: torch.Tensor, thre
     """Time the plain form on so many threads."""
     torch.set_num_threads(threads)
     return time_form(PLAIN, network, x, expected)
+
+
+def time_side_by_side(name: str, network: Network, x: torch.Tensor, expected: torch.Tensor) -> Form:
+    """Time passes that run at once, on one thread each, two after each other on each."""
+    workers = min(solution.usable_cores(), solution.MOST_WORKERS)
+    threads = torch.get_num_threads()
+
+    def make_all(x: torch.Tensor) -> None:
+        for _ in solution.side_by_side(inference(network), [x] * 2 * workers, workers):
+            pass
+
+    seconds = shortest(make_all, x)
+    torch.set_num_threads(threads)
+    share = 1 / (2 * workers)
+    difference = largest_difference(network(x), expected)
+    return Form(f"{workers} {name}", 1, seconds.clock * share, seconds.cpu * share, difference)
+
+
+def inference(network: Network) -> Network:
+    """Return `network` without gradients, which is a setting of each thread."""
+
+    def passed(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return network(x)
+
+    return passed
 
 
 def time_batched(network: Network, x: torch.Tensor) -> Form:
