@@ -40,8 +40,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # One stamp for each version of the requirements: a second run starts at once, a changed file installs again.
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock | cksum | cut -d' ' -f1)
-# Side by side, a process for each usable core; a process that has nothing left to do takes from another.
-PYTEST := $(PY) -m pytest -n auto --dist worksteal
+# Side by side, a process for each usable core; tests of one file share what they set up, so they stay together.
+PYTEST := $(PY) -m pytest -n auto --dist loadfile
 PARTS ?=
 DEMO := data/demo
 

@@ -14,7 +14,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[1]
 TOOL = "coverage==7.17.3"
 HOME = PROJECT / ".cache" / "coverage"  # the tool and its data: no part of the kit's environment
-TESTS = ["-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not slow"]
+TESTS = ["-m", "pytest", "-n", "auto", "--dist", "loadfile", "-m", "not slow"]
 SETTINGS = f"""
 [run]
 data_file = {HOME}/.coverage

@@ -55,3 +55,12 @@ def test_missing_arguments_are_named(target):
 def test_a_missing_store_names_the_command_that_makes_it(tmp_path):
     status, said = make("pretrain", f"HKH={tmp_path}")
     assert status == 2 and "python -m prep hkh" in said
+
+
+def test_tests_that_make_test_leaves_out_are_run_by_make_test_slow_and_by_ci():
+    status, said = make("-n", "test", "test-slow", "PARTS=tests/test_lock.py")
+    assert status == 0
+    selections = re.findall(r"pytest .* -m (\"not slow\"|slow) tests/test_lock\.py$", said, re.MULTILINE)
+    assert selections == ['"not slow"', "slow"]
+    steps = (PROJECT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {"make test", "make test-slow"} <= set(steps)
