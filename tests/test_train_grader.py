@@ -366,6 +366,7 @@ def failures(finished: Finished) -> dict:
     return {result.check: result.found for result in finished.results if not result.passed}
 
 
+@pytest.mark.slow
 def test_the_submission_gives_the_same_masks_in_the_box(box, tiny, tmp_path):
     interpreter, found = box
     verdict = grader.check_in_grader(tiny, interpreter, found, Tiles(None, 2, 96), tmp_path)
@@ -375,6 +376,7 @@ def test_the_submission_gives_the_same_masks_in_the_box(box, tiny, tmp_path):
     assert verdict.table.count("100.0000%") == 2 * (1 + 2 * 4)
 
 
+@pytest.mark.slow
 def test_masks_that_differ_in_the_box_are_caught(box, tiny, case, tmp_path):
     code = (
         "if sys.version_info < (3, 10):\n    to_mask = lambda classes: np.uint8([0, 85, 255, 170])[classes]"
@@ -386,6 +388,7 @@ def test_masks_that_differ_in_the_box_are_caught(box, tiny, case, tmp_path):
     assert not grader.judge_against(here.outcome, there).passed
 
 
+@pytest.mark.slow
 def test_torch_s_numpy_bridge_is_caught_with_numpy_2(box, tiny, case, tmp_path):
     submission = sabotaged(tiny, tmp_path, "to_tensor = torch.from_numpy")
     python = str(box[1].python)
@@ -397,6 +400,7 @@ def test_torch_s_numpy_bridge_is_caught_with_numpy_2(box, tiny, case, tmp_path):
     assert "Numpy is not available" in told[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "check", "word"),
     [
