@@ -25,8 +25,16 @@ include =
     {PROJECT}/prep/*
     {PROJECT}/train/*
 """
-# Python imports a module of this name when it starts: each process that finds it measures itself.
-HOOK = "import coverage\n\ncoverage.process_startup()\n"
+# Python imports a module of this name when it starts: each process that finds it measures itself, unless it is
+# another Python, which cannot load the tool.
+HOOK = f"""
+import sys
+
+if sys.version_info[:2] == {sys.version_info[:2]}:
+    import coverage
+
+    coverage.process_startup()
+"""
 
 
 def install() -> None:
