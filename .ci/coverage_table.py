@@ -25,8 +25,8 @@ include =
     {PROJECT}/prep/*
     {PROJECT}/train/*
 """
-# Python imports a module of this name when it starts: each process that finds it measures itself, unless it is
-# another Python, which cannot load the tool.
+# Python imports a module of this name when it starts: each process that finds it measures itself. Another Python
+# could not load the tool.
 HOOK = f"""
 import sys
 
