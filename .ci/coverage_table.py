@@ -25,8 +25,8 @@ include =
     {PROJECT}/prep/*
     {PROJECT}/train/*
 """
-# Python imports a module of this name when it starts: each process that finds it measures itself. Another Python
-# could not load the tool.
+# Python imports a module of this name when it starts, so that each process which finds it measures itself.
+# Another Python than this one could not load the tool.
 HOOK = f"""
 import sys
 
