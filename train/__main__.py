@@ -439,11 +439,12 @@ def run_preview(arguments: argparse.Namespace) -> int:
     """Draw each tile with its mask, outlines, areas and confidence, and a contact sheet of all of them."""
     from solution import InputError
     from train.quicklook import write_quicklooks
+    from train.text import plural
 
     if not (arguments.masks or arguments.weights):
         raise InputError("nothing to draw over the tiles; give --masks FOLDER, --weights model.pth, or both")
     written = write_quicklooks(arguments.data, arguments.out, arguments.masks, arguments.weights)
-    print(f"{written[-1]}: contact sheet; {len(written)} pictures in all")
+    print(f"{written[-1]}: contact sheet; {plural(len(written), 'picture')} in all")
     return 0
 
 

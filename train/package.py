@@ -28,6 +28,9 @@ CARD_SCORES = (
     ("all_pixels", "four_class", "four classes (tiles with phase-2 labels), all pixels"),
 )
 
+OF_MIXTURE = "Those of the whole, out of fold: see the mixture."
+DECIDED = "Each was decided by out-of-fold MCC (`reports/postprocess.md`)."
+
 
 def to_half(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return weights as float16; BatchNorm's running statistics, counters, and what is float64 as they are.
@@ -253,9 +256,9 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None, section
     config = provenance["config"]
     steps = "\n".join(f"- {name}: {value}" for name, value in content["postprocess"].items())
     views = len({view for _, view in content["passes"]})
-    ordered = "the most useful first (`reports/pareto.md`)" if provenance["ordered_on"] else "in turn"
     folds = "\n".join(f"| {fold_name(member)} | {number_text(member['val_mcc'])} |" for member in members)
-    command = "train-mixed" if any("run" in member for member in members) else "train-all"
+    mixed = any("run" in member for member in members)
+    order = format_order(provenance, mixed)
     further = "".join(f"\n{section}\n" for section in sections)
     return f"""# Model card of {weights.name}
 
@@ -263,10 +266,10 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None, section
 
 - Size: {weights.stat().st_size / 1e6:.1f} MB (float16); SHA-256 `{sha256(weights)}`
 - Trained on: {len(provenance["tiles"])} Landsat-8 tiles ({", ".join(provenance["tiles"])}), each network \
-without the tiles of its fold ({provenance["scheme"]} folds)
-- Steps: {format_steps(config, members[0]["arch"])}
+without the tiles of its fold ({provenance["scheme"]} folds){format_whole(members)}
+- Steps{f" of {members[0]['run']}" if mixed else ""}: {format_steps(config, members[0]["arch"])}
 - Made with: {", ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
-- Command: `make {command} DATA=<folder with Band1 ... Band5 and the labels>`
+- Command: `make {"train-mixed" if mixed else "train-all"} DATA=<folder with Band1 ... Band5 and the labels>`
 
 ## Scores
 
@@ -276,16 +279,16 @@ Binary MCC of each network on its held-out tiles, one view; {format_kept(config)
 | --- | --- |
 {folds}
 
-{format_scores(scores)}
+{OF_MIXTURE if mixed and scores is None else format_scores(scores)}
 {further}
 ## After the forward passes
 
 {steps}
-- passes: {len(content["passes"])}, {len(members)} networks in {views} views, {ordered}; time budget: \
+- passes: {len(content["passes"])}, {len(members)} networks in {views} views, {order}; time budget: \
 {content["time_budget"]} s
 - class bias ({", ".join(CLASS_NAMES)}): {", ".join(f"{value:g}" for value in content["class_bias"])}
 
-Each was decided by out-of-fold MCC (`reports/postprocess.md`).
+{DECIDED if provenance["calibrated_on"] else "Nothing here was calibrated: no optional step is taken."}
 
 ## Limits
 
@@ -293,6 +296,19 @@ Each was decided by out-of-fold MCC (`reports/postprocess.md`).
 - Three tiles tell debris from clean ice, and a network has seen two or three: expect little of debris.
 - One scene, one season, one region. Other regions cost others 0.03 to 0.09 MCC.
 """
+
+
+def format_whole(members: Sequence[Mapping]) -> str:
+    """Return that some networks saw all tiles; empty where none did."""
+    whole = any(member["fold"] == ALL_TILES for member in members)
+    return "; one that holds out none has seen all of them" if whole else ""
+
+
+def format_order(provenance: Mapping, mixed: bool) -> str:
+    """Return in which order the passes come."""
+    if not provenance["ordered_on"]:
+        return "in turn"
+    return "the most useful first" + ("" if mixed else " (`reports/pareto.md`)")
 
 
 def format_steps(config: Mapping, arch: Mapping) -> str:
