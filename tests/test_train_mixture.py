@@ -226,6 +226,15 @@ def test_networks_of_different_kinds_are_packed_with_their_weights(
     assert found["nested"] <= found["flattered"] + 1e-6
 
 
+def test_a_number_of_networks_and_predictions_are_for_a_single_run_too(
+    runs: list[Path], store: TileStore, tmp_path: Path
+) -> None:
+    pack(runs[:1], store, tmp_path / "model.pth", "--networks", "1", "--oof", str(tmp_path / "oof-run"))
+    assert len(solution.load_model(tmp_path / "model.pth").members) == 1
+    written = {path.stem for path in (tmp_path / "oof-run" / "oof").iterdir()}
+    assert written == set(store.tile_ids)
+
+
 def test_the_packed_model_answers_with_the_weighted_mean(
     runs: list[Path], store: TileStore, tmp_path: Path
 ) -> None:
