@@ -152,6 +152,7 @@ def test_runs_that_cannot_fit_together_are_not_mixed() -> None:
 def write_run(folder: Path, store: TileStore, arch: dict, wrong: slice, sure: float, seed: int) -> Path:
     """Write an evaluated run of two folds that is `sure` of each label and errs in the columns `wrong`."""
     (folder / "passes").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"scheme": "stratified"}))
     fold_of = store.fold_of("stratified")
     for fold in (0, 1):
         held_out = [tile for tile in store.tile_ids if fold_of[tile] == fold]
