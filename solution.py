@@ -34,6 +34,7 @@ from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import (
     Any,
@@ -108,6 +109,7 @@ PIXEL_FEATURES = len(BANDS) + 2 + len(STATISTICS_WINDOWS) * (1 + 3 * len(BANDS))
 SLOPE_WINDOWS = (9, 17, 33)  # px, of local means whose differences to both sides tell which way a slope faces
 SLOPE_BANDS = (2, 3, 4)  # red, SWIR-1, thermal
 SLOPE_FEATURES = 2 * len(SLOPE_WINDOWS) * len(SLOPE_BANDS)
+RANGE_BANDS = (3, 4)  # SWIR-1 and thermal, of which a pixel is placed between the extremes around it
 MOST_DEVIATIONS = 6.0  # a feature further from its mean counts as so far
 SIGHT = max(STATISTICS_WINDOWS[-1] // 2, SLOPE_WINDOWS[-1])  # px around a pixel that its features depend on
 ROWS_AT_ONCE = 64  # of a tile, for which PixelNet holds features and layers in memory
@@ -861,6 +863,25 @@ def slope_features(features: np.ndarray) -> Iterator[np.ndarray]:
             yield mean[rows, :width] - mean[rows, 2 * reach :]
 
 
+def range_features(image: np.ndarray, windows: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield how far every pixel is above the least and below the largest value in windows around it.
+
+    Each is (H, W) float32, NaN where nodata. In the thermal band they tell the valley floor from the ridge,
+    whatever the height of both.
+
+    Args:
+        image: (H, W, 5), reflectance and kelvin, NaN where nodata.
+        windows: odd sides of the squares in pixels; only values inside the image count.
+    """
+    for index in RANGE_BANDS:
+        band = np.ascontiguousarray(image[..., index], np.float32)
+        least, largest = (np.nan_to_num(band, nan=fill) for fill in (np.inf, -np.inf))
+        for window in windows:
+            square = np.ones((window, window), np.uint8)
+            yield band - cv2.erode(least, square)
+            yield cv2.dilate(largest, square) - band
+
+
 class PixelNet(nn.Module):
     """A small network on each pixel's features, in full resolution, beside those that see shapes.
 
@@ -878,10 +899,18 @@ class PixelNet(nn.Module):
         encoder_weights: None,
         hidden: Sequence[int] = (128, 64),
         dropout: float = 0.2,
+        ranges: Sequence[int] = (),
     ) -> None:
-        """Make the layers with random weights; the first three sizes are as for any network."""
+        """Make the layers with random weights; the first three sizes are as for any network.
+
+        Args:
+            hidden: channels of the layers.
+            dropout: share dropped in training.
+            ranges: windows of its range features in pixels, at most those of its statistics.
+        """
         super().__init__()
-        features = PIXEL_FEATURES + SLOPE_FEATURES
+        self.ranges = tuple(ranges)
+        features = PIXEL_FEATURES + SLOPE_FEATURES + 2 * len(RANGE_BANDS) * len(self.ranges)
         self.register_buffer("running_mean", torch.zeros(features))  # by this name stored in full precision
         self.register_buffer("running_std", torch.ones(features))
         layers: List[nn.Module] = []
@@ -898,13 +927,13 @@ class PixelNet(nn.Module):
         """Return logits (B, 4, H, W) of bands (B, 5, H, W) in physical units, 0 where nodata."""
         return torch.stack([self.of_image(to_array(image)) for image in x.cpu()]).to(x.device)
 
-    @staticmethod
-    def features(image: np.ndarray, kelvin: np.float32) -> np.ndarray:
+    def features(self, image: np.ndarray, kelvin: np.float32) -> np.ndarray:
         """Return the features (F, H, W) float32 of a tile, or of some rows of it; see `pixel_features`."""
-        features = np.empty((PIXEL_FEATURES + SLOPE_FEATURES,) + image.shape[:2], np.float32)
-        for number, plane in enumerate(pixel_features(image, kelvin)):
-            features[number] = plane
-        for number, plane in enumerate(slope_features(features), start=PIXEL_FEATURES):
+        features = np.empty((len(self.running_mean),) + image.shape[:2], np.float32)
+        slopes = slope_features(features)  # looks at the statistics when they are there
+        for number, plane in enumerate(
+            chain(pixel_features(image, kelvin), slopes, range_features(image, self.ranges))
+        ):
             features[number] = plane
         return features
 

@@ -39,8 +39,12 @@ def as_bands(image: np.ndarray) -> np.ndarray:
     return np.nan_to_num(image.transpose(2, 0, 1), nan=0.0)
 
 
+def network_with(**args) -> solution.PixelNet:
+    return solution.build_network({"name": "PixelNet", "args": {"hidden": [16], **args}}).eval()
+
+
 def slopes_of(image: np.ndarray) -> np.ndarray:
-    features = solution.PixelNet.features(image, solution.median_temperature(image))
+    features = network_with().features(image, solution.median_temperature(image))
     return features[solution.PIXEL_FEATURES :]
 
 
@@ -60,9 +64,22 @@ def test_a_slope_is_the_difference_of_two_local_means():
     assert np.isnan(north_south[0, 32]), "north of the image there is nothing"
 
 
-def test_rows_are_independent_of_each_other(image, monkeypatch):
+@pytest.mark.parametrize("window", [3, 9])
+def test_ranges_equal_those_of_each_window(image, window):
+    index, half = solution.RANGE_BANDS[1], window // 2
+    above, below = list(solution.range_features(image, [window]))[2:]
+    band = image[..., index]
+    for row, column in ((0, 0), (4, 4), (20, 30), (39, 47)):
+        part = band[max(row - half, 0) : row + half + 1, max(column - half, 0) : column + half + 1]
+        assert above[row, column] == band[row, column] - np.nanmin(part)
+        assert below[row, column] == np.nanmax(part) - band[row, column]
+    np.testing.assert_array_equal(np.isnan(above), np.isnan(band))
+
+
+@pytest.mark.parametrize("ranges", [[], [9, 65]])
+def test_rows_are_independent_of_each_other(image, monkeypatch, ranges):
     torch.manual_seed(0)
-    network = solution.build_network({"name": "PixelNet", "args": {"hidden": [16]}}).eval()
+    network = network_with(ranges=ranges)
     x = torch.from_numpy(as_bands(image))[None]
     with torch.no_grad():
         whole = network(x)
@@ -99,10 +116,10 @@ def test_only_labelled_valid_pixels_are_drawn(image):
     codes = np.zeros((40, 48), np.uint8)
     codes[:, :24] = 255
     codes[20:, 30:] = 1
-    drawn = draw_pixels(image, codes, 10_000, np.random.default_rng(0))
+    drawn = draw_pixels(network_with(), image, codes, 10_000, np.random.default_rng(0))
     assert len(drawn.codes) == ((codes != 255) & solution.valid_mask(image)).sum()
     assert set(np.unique(drawn.codes)) == {0, 1}
-    features = solution.PixelNet.features(image, solution.median_temperature(image))
+    features = network_with().features(image, solution.median_temperature(image))
     assert np.array_equal(drawn.features[0], features[:, 0, 24], equal_nan=True)
 
 

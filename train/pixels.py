@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from prep.labels import CODE_CLASSES, IGNORE
 from prep.store import TileStore
-from solution import BANDS, CLASS_NAMES, PixelNet, median_temperature, prepare_torch, valid_mask
+from solution import (
+    BANDS,
+    CLASS_NAMES,
+    STATISTICS_WINDOWS,
+    PixelNet,
+    median_temperature,
+    prepare_torch,
+    valid_mask,
+)
 from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from train.data import ALL_TILES, as_clean, split_tiles
 from train.files import OOF_FOLDER, RUN_FILE, write_json
@@ -38,6 +46,7 @@ class PixelConfig:
     pixels_per_tile: int = 20_000
     unsplit_glacier: str = "set"  # as data.unsplit_glacier of train.config
     hidden: list[int] = field(default_factory=lambda: [128, 64])  # channels of the layers
+    ranges: list[int] = field(default_factory=list)  # px, windows of its range features
     dropout: float = 0.2
     epochs: int = 8
     batch_size: int = 1024
@@ -71,15 +80,31 @@ def load_pixel_config(path: Path | None, overrides: Sequence[str] = ()) -> Pixel
         raise ConfigError(f"{path}, {', '.join(overrides)}: {error.full_key}: {reason}") from error
     if config.unsplit_glacier not in ("set", "clean"):
         raise ConfigError(f"unsplit_glacier is {config.unsplit_glacier!r}, expected set or clean")
+    widest = STATISTICS_WINDOWS[-1]
+    if any(window % 2 == 0 or not 1 < window <= widest for window in config.ranges):
+        raise ConfigError(f"ranges: {config.ranges}, expected odd windows of 3 to {widest} px")
     if min(config.pixels_per_tile, config.epochs, config.batch_size, *config.hidden) < 1:
         raise ConfigError("pixels_per_tile, epochs, batch_size and hidden: expected 1 or more")
     return config
 
 
-def draw_pixels(image: np.ndarray, codes: np.ndarray, count: int, rng: np.random.Generator) -> Pixels:
+def network_args(config: PixelConfig) -> dict:
+    """Return the arguments of `PixelNet`."""
+    return {"hidden": list(config.hidden), "dropout": config.dropout, "ranges": list(config.ranges)}
+
+
+def empty_network(config: PixelConfig) -> PixelNet:
+    """Return the network that a configuration describes, with random weights."""
+    return PixelNet(len(BANDS), len(CLASS_NAMES), None, **network_args(config))
+
+
+def draw_pixels(
+    network: PixelNet, image: np.ndarray, codes: np.ndarray, count: int, rng: np.random.Generator
+) -> Pixels:
     """Return up to `count` labelled pixels of a tile.
 
     Args:
+        network: says which features.
         image: (H, W, 5) physical units, NaN where nodata.
         codes: (H, W) uint8 label codes, IGNORE where there is none.
         count: how many.
@@ -87,18 +112,18 @@ def draw_pixels(image: np.ndarray, codes: np.ndarray, count: int, rng: np.random
     """
     labelled = np.flatnonzero((codes != IGNORE) & valid_mask(image))
     drawn = np.sort(rng.choice(labelled, min(count, labelled.size), replace=False))
-    features = PixelNet.features(image, median_temperature(image))
+    features = network.features(image, median_temperature(image))
     return Pixels(features.reshape(len(features), -1)[:, drawn].T.copy(), codes.ravel()[drawn])
 
 
 def draw_store(store: TileStore, config: PixelConfig) -> dict[str, Pixels]:
     """Return pixels of every tile; those of a tile do not depend on the folds."""
-    drawn = {}
+    drawn, network = {}, empty_network(config)
     for index, tile in enumerate(store.tile_ids):
         codes = store.mask(tile)
         codes = as_clean(codes) if config.unsplit_glacier == "clean" else codes
         rng = np.random.default_rng([config.seed, index])
-        drawn[tile] = draw_pixels(store.image(tile), codes, config.pixels_per_tile, rng)
+        drawn[tile] = draw_pixels(network, store.image(tile), codes, config.pixels_per_tile, rng)
     return drawn
 
 
@@ -122,7 +147,7 @@ def fit_network(tiles: Iterable[Pixels], config: PixelConfig) -> PixelNet:
     features = np.concatenate([tile.features for tile in tiles])
     allowed = allowed_classes(np.concatenate([tile.codes for tile in tiles]))
     torch.manual_seed(config.seed)
-    network = PixelNet(len(BANDS), len(CLASS_NAMES), None, config.hidden, config.dropout)
+    network = empty_network(config)
     network.running_mean.copy_(torch.from_numpy(np.nanmean(features, axis=0, dtype=np.float64)))
     deviation = np.nanstd(features, axis=0, dtype=np.float64)
     network.running_std.copy_(torch.from_numpy(np.maximum(deviation, LEAST_STD)))
@@ -179,6 +204,6 @@ def as_config(config: PixelConfig) -> Config:
     """Return the config of a run of networks that names this one, its folds and its epochs."""
     return Config(
         data=DataConfig(store=config.store, scheme=config.scheme, unsplit_glacier=config.unsplit_glacier),
-        model=ModelConfig(name="PixelNet", args={"hidden": list(config.hidden), "dropout": config.dropout}),
+        model=ModelConfig(name="PixelNet", args=network_args(config)),
         train=TrainConfig(epochs=config.epochs, early_stop=0, keep="last", seed=config.seed),
     )
