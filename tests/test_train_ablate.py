@@ -25,8 +25,10 @@ from train.ablate import (
     parse_includes,
     prepare_folder,
     read_set,
+    run_worker,
     with_overrides,
     with_steps,
+    work_of,
 )
 from train.config import Config, ConfigError, load_config
 from train.fit import RunError
@@ -224,10 +226,19 @@ def smoke_set(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> tuple[Path, list[str]]:
-    """Return the folder of a set of two trials on two folds, run from the command line, and the command."""
+    """Return the folder of a set of two trials on two folds, run from the command line, and the command.
+
+    The folds of one trial are finished before, in this process: each other starts Python and PyTorch anew.
+    """
     root = tmp_path_factory.mktemp("ablate")
     make_store(root / "store")
-    arguments = ["ablate", "--set", str(smoke_set(root)), "--run", str(root / "run"), "--jobs", "2"]
+    trials, reference = read_set(smoke_set(root))
+    plain = next(trial for trial in trials if trial.name == reference)
+    trial = with_overrides(plain, [f"data.store={root / 'store'}"], 2)
+    for task in list_tasks([trial], [0], [0, 1], root / "run"):
+        prepare_folder(task)
+        run_worker(work_of(task).arguments[1:])
+    arguments = ["ablate", "--set", str(root / "set.yaml"), "--run", str(root / "run"), "--jobs", "2"]
     arguments += ["--report", str(root / "report.md"), "--steps", "2", "--store", str(root / "store")]
     assert main(arguments) == 0
     return root, arguments

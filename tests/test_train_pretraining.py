@@ -182,6 +182,7 @@ def test_the_pretraining_config_is_what_the_issue_asks_and_fits_the_fine_tuning(
 # --- the whole way ---
 
 
+@pytest.mark.slow
 def test_pretrain_fine_tune_and_solution_run_end_to_end(tmp_path):
     """Synthetic scenes and polygons to masks by solution.py; that takes far less than five minutes."""
     variants = [benefit.Variant(True, benefit.TUNING_RATE), benefit.Variant(False, benefit.TUNING_RATE)]
