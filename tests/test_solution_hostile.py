@@ -389,7 +389,7 @@ def test_a_model_file_with_any_setting_spoilt_is_loaded_or_refused_in_one_line(t
     rng, whole = np.random.default_rng(0), torch.load(weights, weights_only=True)
     places = [place for place in places_in(whole) if place]
     refused = 0
-    for number in range(60):
+    for number in range(40):
         content = copy.deepcopy(whole)
         *parents, last = places[int(rng.integers(len(places)))]
         inner = content
@@ -404,4 +404,4 @@ def test_a_model_file_with_any_setting_spoilt_is_loaded_or_refused_in_one_line(t
             refused += 1
             assert len(str(error).splitlines()) == 1 and path.name in str(error)
         path.unlink()
-    assert refused > 20
+    assert refused > 13

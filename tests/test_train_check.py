@@ -255,6 +255,7 @@ def one_core():
     os.sched_setaffinity(0, cores)
 
 
+@pytest.mark.slow
 def test_the_kits_own_solution_passes(tmp_path, tiles, one_core):
     """Its real processes: loading, one command line, the platform's way, damaged weights."""
     content = support.model_content()

@@ -225,6 +225,7 @@ def running() -> Interpreter:
     return environment.probe(sys.executable, "the one that runs this")
 
 
+@pytest.mark.slow
 def test_environment_is_built_once_and_a_half_built_one_again(cache):
     nothing = "# no packages\n"
     built = environment.provide_environment(running(), nothing, numpy_2="")
@@ -238,6 +239,7 @@ def test_environment_is_built_once_and_a_half_built_one_again(cache):
     assert not (folder / "rest").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_build_says_why_and_is_not_taken_for_whole(cache):
     wrong = "./absent-1.0-py3-none-any.whl\n"
     with pytest.raises(GraderError, match=r"could not be built .*: .*absent-1\.0"):
