@@ -21,6 +21,7 @@ RUNS ?=
 MAX_MB ?= 300
 MAX_GMAC ?= 160
 NETWORKS ?=
+PIXEL_SEEDS ?= 0 1 2
 OOF ?=
 MODELS ?=
 FRONTIER ?= reports/frontier.md
@@ -144,16 +145,17 @@ submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an 
 baseline: prep ## the per-pixel gradient boosting on the same folds
 	$(PY) -m train baseline --scheme $(SCHEME) --run runs/baseline-$(SCHEME) --store $(STORE)
 
-pixels: prep ## the network on single pixels, on the same folds
-	$(PY) -m train pixels --run runs/pixels-$(SCHEME) store=$(STORE) scheme=$(SCHEME)
+pixels: prep ## the network on single pixels, on the same folds, once with each of PIXEL_SEEDS
+	@for seed in $(PIXEL_SEEDS); do run=runs/pixels$$seed-$(SCHEME); \
+		$(PY) -m train pixels --run $$run store=$(STORE) scheme=$(SCHEME) seed=$$seed && \
+		$(PY) -m train evaluate --run $$run --store $(STORE) || exit 1; done
 
-train-mixed: ## how the shipped WEIGHTS are made: two U-Nets and the network on pixels, weighed against each other
+train-mixed: ## how the shipped WEIGHTS are made (SCHEME=spatial): two U-Nets and networks on pixels, weighed
 	@for kind in imagenet directional; do $(MAKE) --no-print-directory evaluate NAME=$$kind \
 		CONFIG=train/configs/$$kind.yaml || exit 1; done
 	@$(MAKE) --no-print-directory pixels
-	$(PY) -m train evaluate --run runs/pixels-$(SCHEME) --store $(STORE)
 	@$(MAKE) --no-print-directory mix MAX_MB=70 NETWORKS=3 CALIBRATION= OOF=runs/mixed-$(SCHEME) \
-		RUNS="runs/imagenet-$(SCHEME) runs/directional-$(SCHEME) runs/pixels-$(SCHEME)"
+		RUNS="runs/imagenet-$(SCHEME) runs/directional-$(SCHEME) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))"
 
 report: setup ## compare U-Net and baseline on both kinds of folds: reports/, and reports/index.html with all tiles
 	@for scheme in stratified spatial; do \

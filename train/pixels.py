@@ -46,7 +46,7 @@ class PixelConfig:
     pixels_per_tile: int = 20_000
     unsplit_glacier: str = "set"  # as data.unsplit_glacier of train.config
     hidden: list[int] = field(default_factory=lambda: [128, 64])  # channels of the layers
-    ranges: list[int] = field(default_factory=list)  # px, windows of its range features
+    ranges: list[int] = field(default_factory=lambda: [9, 17, 33, 65])  # px, windows of its range features
     dropout: float = 0.2
     epochs: int = 8
     batch_size: int = 1024
