@@ -128,15 +128,14 @@ def test_it_learns_what_its_features_tell():
     count = solution.PIXEL_FEATURES + solution.SLOPE_FEATURES
     features = rng.normal(3, 2, (4000, count)).astype(np.float32)
     codes = (features[:, 0] + features[:, 20] > 6).astype(np.uint8)
-    network = fit_network(
-        [Pixels(features[:3000], codes[:3000])], PixelConfig(hidden=[16], epochs=20, batch_size=256)
-    )
+    config = PixelConfig(hidden=[16], ranges=[], epochs=20, batch_size=256)
+    network = fit_network([Pixels(features[:3000], codes[:3000])], config)
     with torch.no_grad():
         found = network.layers(network.standardise(torch.from_numpy(features[3000:])[..., None, None]))
     assert (found[..., 0, 0].argmax(1).numpy() == codes[3000:]).mean() > 0.9
 
 
-@pytest.mark.parametrize("override", ["pixels=3", "epochs=many", "unsplit_glacier=ice", "hidden=[0]"])
+@pytest.mark.parametrize("override", ["pixels=3", "epochs=many", "unsplit_glacier=ice", "hidden=[0]", "ranges=[8]"])
 def test_unknown_and_senseless_settings_are_errors(override):
     with pytest.raises(ConfigError):
         load_pixel_config(Path("train/configs/pixels.yaml"), [override])
