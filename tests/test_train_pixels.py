@@ -135,7 +135,9 @@ def test_it_learns_what_its_features_tell():
     assert (found[..., 0, 0].argmax(1).numpy() == codes[3000:]).mean() > 0.9
 
 
-@pytest.mark.parametrize("override", ["pixels=3", "epochs=many", "unsplit_glacier=ice", "hidden=[0]", "ranges=[8]"])
+@pytest.mark.parametrize(
+    "override", ["pixels=3", "epochs=many", "unsplit_glacier=ice", "hidden=[0]", "ranges=[8]"]
+)
 def test_unknown_and_senseless_settings_are_errors(override):
     with pytest.raises(ConfigError):
         load_pixel_config(Path("train/configs/pixels.yaml"), [override])
