@@ -269,7 +269,8 @@ def format_card(weights: Path, content: Mapping, scores: Mapping | None, section
 without the tiles of its fold ({provenance["scheme"]} folds){format_whole(members)}
 - Steps{f" of {members[0]['run']}" if mixed else ""}: {format_steps(config, members[0]["arch"])}
 - Made with: {", ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
-- Command: `make {"train-mixed" if mixed else "train-all"} DATA=<folder with Band1 ... Band5 and the labels>`
+- Command: `make {"train-mixed" if mixed else "train-all"} SCHEME={provenance["scheme"]} \
+DATA=<folder with Band1 ... Band5 and the labels>`
 
 ## Scores
 
