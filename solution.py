@@ -126,7 +126,7 @@ DEFAULT_SHAPE = (512, 512)  # of the mask for a tile of which no band can be rea
 JUST_IMPORTED = 30.0  # s after the import within which a call pays for it
 SPARE_SECONDS = 1.0  # of a time budget, kept for the last mask and for leaving Python,
 SPARE_PART = 0.03  # or this part of it, if that is more
-MOST_WORKERS = 4  # threads side by side; more need more memory, and share their cores within a pass instead
+MOST_WORKERS = 3  # threads side by side; more need more memory, and share their cores within a pass instead
 WORTH_TIMING = 60  # passes in all; for fewer, finding out what is fastest costs more than it brings
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -952,10 +952,13 @@ class PixelNet(nn.Module):
         return self.standardise(rows[None].to(self.running_mean.device))
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
-        """Return features (N, F, H, W) in standard deviations from their means, 0 where there is no value."""
+        """Turn features (N, F, H, W), in place, into standard deviations from their means; return them.
+
+        They are 0 where there is no value.
+        """
         mean, std = (stored[:, None, None] for stored in (self.running_mean, self.running_std))
-        deviations = (features - mean).div_(std).nan_to_num_(nan=0.0)
-        return deviations.clamp_(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+        features.sub_(mean).div_(std).nan_to_num_(nan=0.0)
+        return features.clamp_(-MOST_DEVIATIONS, MOST_DEVIATIONS)
 
 
 class TreeTables(NamedTuple):

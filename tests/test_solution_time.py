@@ -341,7 +341,7 @@ def test_windows_of_a_scene_side_by_side_give_the_same_mask(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "cores, tiles, size, expected", [(8, 25, 64, 4), (2, 25, 64, 2), (4, 3, 64, 3), (4, 9, 65, 1)]
+    "cores, tiles, size, expected", [(8, 25, 64, 3), (2, 25, 64, 2), (4, 3, 64, 3), (4, 9, 65, 1)]
 )
 def test_threads_are_shared_between_tiles_unless_windows_need_them(
     tmp_path, monkeypatch, cores, tiles, size, expected
