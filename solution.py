@@ -64,7 +64,7 @@ import segmentation_models_pytorch as smp
 import tifffile
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 try:  # not among the grader's packages
@@ -1145,8 +1145,10 @@ def fold_batchnorm(network: nn.Module) -> int:
     """
     pairs = batchnorms_after_convolutions(network.eval())
     for conv, bn in pairs:
-        fused = fuse_conv_bn_eval(conv, bn)
-        conv.weight, conv.bias = fused.weight, fused.bias
+        assert bn.running_mean is not None and bn.running_var is not None  # as a loaded one has them
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+        )
     merged = {id(batchnorm) for _, batchnorm in pairs}
     for module in list(network.modules()):
         for name, child in module.named_children():
@@ -1554,6 +1556,11 @@ def most_workers(model: Model) -> int:
     return min(usable_cores(), MOST_WORKERS) if model.device.type == "cpu" else 1
 
 
+def threads_of_each(workers: int) -> int:
+    """Return the threads of a pass where so many are made side by side."""
+    return max(1, usable_cores() // workers)
+
+
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield `work(item)` of all items in their order, made by so many threads.
 
@@ -1563,9 +1570,7 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], workers:
     if workers == 1:
         yield from map(work, items)
         return
-    pool = ThreadPoolExecutor(
-        workers, initializer=prepare_torch, initargs=(max(1, usable_cores() // workers),)
-    )
+    pool = ThreadPoolExecutor(workers, initializer=prepare_torch, initargs=(threads_of_each(workers),))
     begun: "Deque[Future[Result]]" = deque()  # as many as run, and one that waits
     try:
         for item in items:
@@ -1965,8 +1970,10 @@ def is_scene(tile: TileFiles) -> bool:
 
 def with_workers(model: Model, tiles: Sequence[TileFiles]) -> Model:
     """Return the model with its threads shared between tiles; those of a scene go to its windows."""
-    workers = 1 if any(map(is_scene, tiles)) else min(most_workers(model), len(tiles))
-    torch.set_num_threads(usable_cores() // workers)
+    workers = min(most_workers(model), len(tiles))
+    if workers > 1 and any(map(is_scene, tiles)):
+        workers = 1
+    torch.set_num_threads(threads_of_each(workers))
     return model._replace(workers=workers)
 
 

@@ -68,6 +68,19 @@ def run(monkeypatch, model, data, budget, write=None):
     return solution.segment_folder(data, None, write, budget)
 
 
+def raise_at_pass(number, model, error):
+    """Let the first network raise an error in its pass of this number; return a list with an item a pass."""
+    calls = []
+
+    def count(module, args):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+
+    model.members[0].network.register_forward_pre_hook(count)
+    return calls
+
+
 def masks_after(model, data, passes):
     """Return the mask of each tile after its first so many passes, computed one by one."""
     masks = {}
@@ -209,14 +222,8 @@ def test_a_broken_tile_is_reported_once_and_gets_no_further_time(clock, tiles, m
 
 def test_a_tile_that_fails_later_keeps_its_mask_of_one_pass(clock, tiles, monkeypatch, capsys):
     model = slow_model(clock)
-    calls = []
-
-    def fail_once(module, args):
-        calls.append(1)
-        if len(calls) == 6:  # four tiles have one pass each; this is within the second round
-            raise MemoryError("no room")
-
-    model.members[0].network.register_forward_pre_hook(fail_once)
+    # Four tiles have one pass each; this is within the second round.
+    raise_at_pass(6, model, MemoryError("no room"))
     summary = run(monkeypatch, model, tiles, "1000")
     assert not summary.faults and summary.passes["001"] == 1
     assert summary.masks["001"].any()
@@ -226,14 +233,7 @@ def test_a_tile_that_fails_later_keeps_its_mask_of_one_pass(clock, tiles, monkey
 def test_an_interrupted_run_leaves_a_whole_mask_of_every_tile(clock, tiles, monkeypatch, tmp_path):
     model = slow_model(clock)
     expected = masks_after(model, tiles, {"001": 1, "002": 1, "003": 1, "004": 1})
-    calls = []
-
-    def interrupt(module, args):
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-
-    model.members[0].network.register_forward_pre_hook(interrupt)
+    raise_at_pass(7, model, KeyboardInterrupt)
     folder = solution.prepare_output(tmp_path / "masks", tiles)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, model, tiles, "1000", solution.png_writer(folder))
@@ -362,14 +362,7 @@ def test_threads_are_shared_between_tiles_unless_windows_need_them(
 def test_a_run_side_by_side_can_be_interrupted(tiles, tmp_path, monkeypatch):
     monkeypatch.setattr(solution, "usable_cores", lambda: 2)
     model = in_memory(random_network(), views=6)
-    calls = []
-
-    def interrupt(module, args):
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-
-    model.members[0].network.register_forward_pre_hook(interrupt)
+    calls = raise_at_pass(7, model, KeyboardInterrupt)
     folder = solution.prepare_output(tmp_path / "masks", tiles)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, model, tiles, "inf", solution.png_writer(folder))

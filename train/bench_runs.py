@@ -188,7 +188,7 @@ def describe_form(model: solution.Model) -> dict:
     channels_last."""
     weights = [p for p in model.members[0].network.parameters() if p.dim() == 4 and min(p.shape[1:3]) > 1]
     formats = {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights}
-    threads = max(1, solution.usable_cores() // model.workers)
+    threads = solution.threads_of_each(model.workers)
     return {"workers": model.workers, "threads": threads, "channels_last": formats == {True}}
 
 
@@ -282,7 +282,8 @@ def time_forms(data: str, weights: str) -> dict:
         forms: each as a mapping, see Form.
     """
     solution.prepare_torch(solution.usable_cores())
-    member = solution.load_model(weights).members[0]
+    model = solution.load_model(weights)
+    member, workers = model.members[0], solution.most_workers(model)
     image = solution.read_tile(solution.find_tiles(data)[0])
     x = solution.pad_to_multiple(solution.to_tensor(solution.normalize(image, member.normalization))[None])
     with torch.inference_mode():
@@ -297,8 +298,8 @@ def time_forms(data: str, weights: str) -> dict:
     with torch.inference_mode():
         forms.append(time_form("channels_last", last, x, expected))
         forms.append(time_form("channels_last, input too", last, last_x, expected))
-        forms.append(time_side_by_side("side by side", member.network, x, expected))
-        forms.append(time_side_by_side("side by side, channels_last", last, x, expected))
+        forms.append(time_side_by_side("side by side", member.network, x, expected, workers))
+        forms.append(time_side_by_side("side by side, channels_last", last, x, expected, workers))
     for network, sample, where in ((member.network, x, ""), (last, last_x, ", channels_last")):
         for optimize in (False, True):
             forms.append(time_traced(network, sample, expected, where, optimize, plain.seconds))
@@ -342,9 +343,10 @@ def time_threads(network: Network, x: torch.Tensor, expected: torch.Tensor, thre
     return time_form(PLAIN, network, x, expected)
 
 
-def time_side_by_side(name: str, network: Network, x: torch.Tensor, expected: torch.Tensor) -> Form:
-    """Time passes that run at once, on one thread each, two after each other on each."""
-    workers = min(solution.usable_cores(), solution.MOST_WORKERS)
+def time_side_by_side(
+    name: str, network: Network, x: torch.Tensor, expected: torch.Tensor, workers: int
+) -> Form:
+    """Time passes of which so many run at once, each on its share of the threads, two after each other."""
     threads = torch.get_num_threads()
 
     def make_all(x: torch.Tensor) -> None:
@@ -355,7 +357,8 @@ def time_side_by_side(name: str, network: Network, x: torch.Tensor, expected: to
     torch.set_num_threads(threads)
     share = 1 / (2 * workers)
     difference = largest_difference(network(x), expected)
-    return Form(f"{workers} {name}", 1, seconds.clock * share, seconds.cpu * share, difference)
+    each = solution.threads_of_each(workers)
+    return Form(f"{workers} {name}", each, seconds.clock * share, seconds.cpu * share, difference)
 
 
 def inference(network: Network) -> Network:
