@@ -556,10 +556,7 @@ class DerivedInputs(nn.Module):
         """Return the bands and, behind them, the maps in the order of their names."""
         with torch.no_grad():
             maps = [getattr(self, name)(x)[:, None] for name in self.names]
-        joined = torch.cat([x, *maps], dim=1)
-        if x.is_contiguous(memory_format=torch.channels_last):
-            return joined.contiguous(memory_format=torch.channels_last)
-        return joined
+        return like_first([x, *maps])
 
     def ndsi(self, x: torch.Tensor) -> torch.Tensor:
         """Return the normalised difference snow index (B, H, W), -1 to 1."""
@@ -580,23 +577,82 @@ class DerivedInputs(nn.Module):
         return (distance_to((x == 0).all(dim=1), NODATA_REACH) / NODATA_REACH).clamp(max=1)
 
 
+def largest_within(values: torch.Tensor, window: int) -> torch.Tensor:
+    """Return, for every place of (..., H, W), the largest value in the square around it.
+
+    Args:
+        values: any; outside the image there are none.
+        window: odd side of the square.
+    """
+    reach = window // 2
+    values = nn.functional.pad(values, (reach,) * 4, value=-math.inf)
+    for dim in (-2, -1):
+        span = 1  # of the places behind each one whose largest value it holds
+        while span < window:
+            step = min(span, window - span)
+            length = values.shape[dim] - step
+            values = torch.maximum(values.narrow(dim, 0, length), values.narrow(dim, step, length))
+            span += step
+    return values
+
+
+def with_ranges(x: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
+    """Return bands (B, C, H, W) and behind them how far each pixel is from the extremes around it.
+
+    For each of RANGE_BANDS and each window: above the least value, below the largest, in the unit of `x`, 0
+    where nodata. As `range_features`, which PixelNet sees; a convolution knows means, not extremes.
+
+    Args:
+        x: normalised bands first, exactly 0 where nodata.
+        windows: odd sides of the squares in pixels.
+    """
+    maps = []
+    with torch.no_grad():
+        for band in RANGE_BANDS:
+            values = x[:, band : band + 1]
+            known = values != 0
+            for sign in (-1, 1):
+                signed = torch.where(known, sign * values, -math.inf)
+                maps += [
+                    torch.where(known, largest_within(signed, window) - signed, 0.0) for window in windows
+                ]
+    return like_first([x, *maps])
+
+
+def like_first(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return maps (B, c, H, W) one behind the other, in the memory format of the first."""
+    joined = torch.cat(list(maps), dim=1)
+    if maps[0].is_contiguous(memory_format=torch.channels_last):
+        return joined.contiguous(memory_format=torch.channels_last)
+    return joined
+
+
 class CoarseUnet(nn.Module):
     """A U-Net that sees the image at 1/`factor` of its resolution, and whose logits are enlarged again.
 
     Glaciers are large against a pixel of 30 m: for the same work a step covers `factor`^2 times the area.
-    `derived` names maps that it sees besides the bands; see DerivedInputs.
+    `derived` names maps that it sees besides the bands; see DerivedInputs. `ranges` are windows, in pixels of
+    the reduced image, in which it sees each pixel's place between the extremes; see `with_ranges`.
     """
 
-    def __init__(self, factor: int = 2, derived: Sequence[str] = (), **args: Any) -> None:
+    def __init__(
+        self, factor: int = 2, derived: Sequence[str] = (), ranges: Sequence[int] = (), **args: Any
+    ) -> None:
         super().__init__()
         self.factor = factor
+        self.ranges = tuple(ranges)
         self.derive = DerivedInputs(derived) if derived else nn.Identity()
-        in_channels = args.pop("in_channels", len(BANDS)) + len(derived)
+        more = len(derived) + 2 * len(RANGE_BANDS) * len(self.ranges)
+        in_channels = args.pop("in_channels", len(BANDS)) + more
         self.unet = smp.Unet(in_channels=in_channels, **args)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, 4, H, W) of normalised bands (B, 5, H, W); H and W are multiples of STRIDE."""
-        return run_coarsely(self.unet, self.derive(x), self.factor)
+        return run_coarsely(self.see, self.derive(x), self.factor)
+
+    def see(self, coarse: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the reduced image."""
+        return self.unet(with_ranges(coarse, self.ranges) if self.ranges else coarse)
 
 
 def double_convolution(before: int, after: int, dropout: float) -> nn.Sequential:

@@ -11,7 +11,18 @@ from support import NORMALIZATION, random_network
 from train_helpers import make_store
 
 import solution
-from solution import DERIVED_INPUTS, NODATA_REACH, VIEWS, CoarseUnet, DerivedInputs, InputError, normalize
+from solution import (
+    DERIVED_INPUTS,
+    NODATA_REACH,
+    RANGE_BANDS,
+    VIEWS,
+    CoarseUnet,
+    DerivedInputs,
+    InputError,
+    normalize,
+    range_features,
+    with_ranges,
+)
 from train.config import ConfigError, load_config
 from train.evaluate import as_member, predict_views, read_fold
 from train.fit import fit_fold
@@ -172,6 +183,46 @@ def test_from_imagenet_the_maps_weigh_nothing_at_first(derived, image):
         plain, more = answers[0].eval()(x[:, :5])[1:], answers[1].eval()(x)[1:]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, more))
     assert answers[1].state_dict()["conv_stem.weight"].shape[1] == 5 + len(derived)
+
+
+# --- Ranges -------------------------------------------------------------------------------------------------
+
+
+def test_ranges_are_those_that_pixel_networks_see(image):
+    """An independent implementation, by OpenCV, in physical units: the same up to the unit of the band."""
+    windows = (3, 9, 33)
+    seen = with_ranges(as_batch(image), windows)[0, 5:].numpy()
+    units = np.repeat(np.asarray(NORMALIZATION["std"])[list(RANGE_BANDS)], 2 * len(windows))
+    expected = np.stack(list(range_features(image, windows)))  # band, window, above and below
+    expected = expected.reshape(len(RANGE_BANDS), len(windows), 2, *image.shape[:2]).swapaxes(1, 2)
+    expected = expected.reshape(seen.shape) / units[:, None, None]
+    assert seen == pytest.approx(np.nan_to_num(expected, nan=0.0), abs=1e-3)
+
+
+def test_ranges_follow_the_bands_and_know_no_direction(image):
+    x = as_batch(image).contiguous(memory_format=torch.channels_last)
+    seen = with_ranges(x, (5, 9))
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(seen[:, :5], x)
+    assert torch.equal(with_ranges(x.flip(-1), (5, 9)).flip(-1), seen)
+
+
+def test_ranges_of_an_image_without_data_are_nothing():
+    assert (with_ranges(torch.zeros(2, 5, 64, 64), (3, 17)) == 0).all()
+
+
+def test_a_network_sees_ranges_of_the_reduced_image(image):
+    network = random_network({"name": "CoarseUnet", "args": {**ARCH, "ranges": [5, 9]}})
+    merged = copy.deepcopy(network)
+    assert solution.merge_batchnorm(merged)
+    x = solution.pad_to_multiple(as_batch(image))
+    coarse = torch.nn.functional.avg_pool2d(network.derive(x), 2)
+    with torch.no_grad():
+        expected = network.unet(with_ranges(solution.pad_to_multiple(coarse), (5, 9)))
+        expected = expected[..., : coarse.shape[2], : coarse.shape[3]]
+        expected = torch.nn.functional.interpolate(expected, scale_factor=2, mode="bilinear")
+        assert torch.allclose(network(x), expected, atol=1e-5)
+        assert torch.allclose(merged(x), expected, atol=1e-3 * expected.abs().max().item())
 
 
 # --- In training --------------------------------------------------------------------------------------------

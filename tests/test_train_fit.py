@@ -15,8 +15,8 @@ from prep.labels import GLACIER_OR_DEBRIS, IGNORE
 from prep.store import TileStore
 from solution import build_network, normalize, pad_to_multiple
 from train.__main__ import main
-from train.config import Config, load_config
-from train.data import open_fold
+from train.config import Config, ConfigError, load_config
+from train.data import ALL_TILES, open_fold
 from train.files import write_whole
 from train.fit import RunError, first_weights, fit_all, fit_fold, read_record
 from train.module import RampedAveraging, SegmentationModule, set_batchnorm_momentum
@@ -324,6 +324,39 @@ def test_the_epoch_that_is_kept(store, tmp_path, keep):
     expected = int(np.argmax(scores)) + 1 if keep == "best" else 4
     assert record["epoch"] == expected
     assert record["val_mcc"] == pytest.approx(scores[expected - 1], abs=1e-5)
+
+
+def test_a_network_of_all_tiles_has_seen_them_and_has_no_score(store, tmp_path, capsys):
+    common = ["fit", "--config", str(SMOKE), "--run", str(tmp_path), "--all-tiles", f"data.store={store}"]
+    assert main([*common, "train.keep=last", "optim.schedule=cosine"]) == 0
+    assert "all tiles: 4 tiles to train on, validation on none" in capsys.readouterr().out
+    record = torch.load(tmp_path / f"fold{ALL_TILES}" / "fold.pt", weights_only=True)
+    assert (record["train_tiles"], record["val_tiles"]) == (TileStore(store).tile_ids, [])
+    assert np.isnan(record["val_mcc"]) and np.isnan(record["val_mcc4"])
+    assert all(row["val_mcc"] == "nan" for row in read_history(tmp_path / f"fold{ALL_TILES}"))
+
+
+def test_a_network_of_all_tiles_differs_from_that_of_a_fold(store, tmp_path):
+    config = smoke_config(store, "train.keep=last", "optim.schedule=cosine")
+    fit_all(config, tmp_path, [0, ALL_TILES])
+    states = [
+        torch.load(tmp_path / f"fold{fold}" / "fold.pt", weights_only=True)["state_dict"]
+        for fold in (0, ALL_TILES)
+    ]
+    assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "train.keep is best, expected last where no tile is held out"),
+        (["train.keep=last", "train.early_stop=3"], "train.early_stop is 3, expected 0 where"),
+        (["train.keep=last"], "optim.schedule is plateau, expected cosine or restarts where"),
+    ],
+)
+def test_settings_that_follow_a_score_need_held_out_tiles(store, tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        fit_fold(smoke_config(store, *overrides), ALL_TILES, tmp_path)
 
 
 def test_imagenet_weights_are_where_a_fold_starts(store, tmp_path):

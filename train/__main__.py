@@ -21,7 +21,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of every command that trains folds."""
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see train/configs/")
     parser.add_argument("--run", type=Path, required=True, help="folder for the results, e.g. runs/unet")
-    parser.add_argument("--folds", type=whole_numbers, help="fold numbers, e.g. 0,1,2; default: all folds")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--folds", type=whole_numbers, help="fold numbers, e.g. 0,1,2; default: all folds")
+    which.add_argument(
+        "--all-tiles",
+        action="store_true",
+        help="one network of all tiles (a student: of all teachers) for submission; it has no score",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. optim.lr=3e-4")
 
 
@@ -43,10 +49,17 @@ def run_fit(arguments: argparse.Namespace) -> int:
     from train.side_by_side import fit_side_by_side
 
     if arguments.jobs is None:
-        fit_all(config, arguments.run, arguments.folds)
+        fit_all(config, arguments.run, folds_of(arguments))
     else:
-        fit_side_by_side(config, arguments.run, arguments.folds, arguments.jobs)
+        fit_side_by_side(config, arguments.run, folds_of(arguments), arguments.jobs)
     return 0
+
+
+def folds_of(arguments: argparse.Namespace) -> Optional[list[int]]:
+    """Return the folds that `add_training_arguments` asks for, None for all."""
+    from train.data import ALL_TILES
+
+    return [ALL_TILES] if arguments.all_tiles else arguments.folds
 
 
 def add_distil_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +72,6 @@ def add_distil_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="folder of a finished run; more than one may be given; default: distil.teachers of the config",
     )
-    parser.add_argument(
-        "--all-tiles",
-        action="store_true",
-        help="one student of all tiles and all networks, for submission: it has no out-of-fold score",
-    )
 
 
 def run_distil(arguments: argparse.Namespace) -> int:
@@ -74,10 +82,9 @@ def run_distil(arguments: argparse.Namespace) -> int:
     teachers = [f"distil.teachers=[{','.join(arguments.teacher)}]"] if arguments.teacher else []
     config = load_config(arguments.config, [*arguments.overrides, *teachers])
 
-    from train.data import ALL_TILES
     from train.distil import fit_students
 
-    fit_students(config, arguments.run, [ALL_TILES] if arguments.all_tiles else arguments.folds)
+    fit_students(config, arguments.run, folds_of(arguments))
     return 0
 
 

@@ -488,7 +488,8 @@ class FoldData(NamedTuple):
 def open_fold(config: Config, fold: int, normalization: Optional[dict] = None) -> FoldData:
     """Read a fold's tiles, normalised by the statistics of its training tiles alone, or by those given.
 
-    With `data.scaling` percentile, each tile is normalised by itself (`tile_normalization`).
+    With `data.scaling` percentile, each tile is normalised by itself (`tile_normalization`). Where ALL_TILES
+    holds out none, one of those trained on is validated: weights are recorded after a validation.
 
     Raises DataError or `prep.store.StoreError`.
     """
@@ -498,15 +499,15 @@ def open_fold(config: Config, fold: int, normalization: Optional[dict] = None) -
         # stats.json of a store with training and validation ids is that of its training tiles
         statistics = store.stats if config.data.scheme == SPLIT_SCHEME else compute(store, train_ids)
         normalization = {"mean": statistics["mean"], "std": statistics["std"]}
-    scaling = config.data.scaling
+    scaling, shown = config.data.scaling, val_ids or train_ids[:1]
     tiles: Indexed[Tile]
     val_tiles: Indexed[Tile]
     if len(store.tile_ids) > IN_MEMORY_TILES:
         unsplit = config.data.unsplit_glacier
         tiles = StoredTiles(store, train_ids, normalization, unsplit, scaling)
-        val_tiles = StoredTiles(store, val_ids, normalization, scaling=scaling)
+        val_tiles = StoredTiles(store, shown, normalization, scaling=scaling)
     else:
-        tiles, val_tiles = (load_tiles(store, ids, normalization, scaling) for ids in (train_ids, val_ids))
+        tiles, val_tiles = (load_tiles(store, ids, normalization, scaling) for ids in (train_ids, shown))
         if config.data.unsplit_glacier == "clean":
             tiles = [count_unsplit_as_clean(tile) for tile in tiles]
     dataset = CropDataset(tiles, normalization, config.data, config.augment, config.train.seed)

@@ -41,15 +41,12 @@ from solution import (
 )
 from train.config import Config, ConfigError, DistilConfig, to_dict
 from train.data import (
-    ALL_TILES,
     UNCHANGED,
     CropDataset,
     EpochSampler,
     FoldData,
     Indexed,
     Tile,
-    TileDataset,
-    load_tiles,
     open_fold,
     tile_normalization,
 )
@@ -359,15 +356,6 @@ class StudentModule(SegmentationModule):
         return loss
 
 
-class UnscoredModule(StudentModule):
-    """Trains a network on all tiles: its scores, of tiles that it has seen, are recorded as NaN."""
-
-    def on_validation_epoch_end(self) -> None:
-        """Log NaN for every score."""
-        for name in ("val_loss", "val_mcc", "val_mcc4"):
-            self.log(name, float("nan"))
-
-
 # --- All of it ----------------------------------------------------------------------------------------------
 
 
@@ -405,11 +393,7 @@ def open_student(config: Config, fold: int, folder: Path) -> FoldData:
         num_workers=config.data.workers,
         persistent_workers=config.data.workers > 0,
     )
-    if fold != ALL_TILES:
-        return data._replace(train_loader=loader)
-    # something has to be validated, for the weights to be recorded
-    tiles_seen = load_tiles(store, data.train_ids[:1], data.normalization, config.data.scaling)
-    return data._replace(train_loader=loader, val_loader=DataLoader(TileDataset(tiles_seen), batch_size=1))
+    return data._replace(train_loader=loader)
 
 
 def further_images(
@@ -431,18 +415,6 @@ def strip_prefix(read: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarra
     return lambda name: read(name.partition("-")[2])
 
 
-def require_unscored(config: Config) -> None:
-    """Raise ConfigError where a setting follows the score, which a student of all tiles has not."""
-    train, optim = config.train, config.optim
-    for key, value, expected, sensible in (
-        ("train.keep", train.keep, "last", train.keep == "last"),
-        ("train.early_stop", train.early_stop, "0", train.early_stop == 0),
-        ("optim.schedule", optim.schedule, "cosine or restarts", optim.schedule != "plateau"),
-    ):
-        if not sensible:
-            raise ConfigError(f"{key} is {value}, expected {expected} where no tile is held out")
-
-
 def fit_students(config: Config, run_dir: Path, folds: Optional[Sequence[int]] = None) -> list[dict]:
     """Train a student of each fold, by default all of the scheme, and return their records.
 
@@ -454,11 +426,7 @@ def fit_students(config: Config, run_dir: Path, folds: Optional[Sequence[int]] =
             "distil.teachers is [], expected folders of finished runs, such as "
             "distil.teachers=[runs/imagenet-spatial]"
         )
-    module = StudentModule
-    if folds is not None and ALL_TILES in folds:
-        require_unscored(config)
-        module = UnscoredModule
-    records = fit_all(config, run_dir, folds, Recipe(open_student, module))
+    records = fit_all(config, run_dir, folds, Recipe(open_student, StudentModule))
     for record in records:  # what they were taught is of no more use, and larger than they are
         remove_answers(fold_folder(run_dir, record["fold"]) / ANSWERS_FOLDER)
     return records

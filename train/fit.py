@@ -25,7 +25,7 @@ from prep.labels import CODE_NAMES
 from prep.store import TileStore, name_some
 from solution import CLASS_NAMES, VIEWS, DerivedInputs, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
-from train.data import FoldData, open_fold
+from train.data import ALL_TILES, FoldData, open_fold
 from train.files import (
     CONFIG_FILE,
     FOLD_FILE,
@@ -112,16 +112,20 @@ def fit_fold(
 
     Args:
         config: the whole configuration.
-        fold: number of the fold to validate on; all others are trained on.
+        fold: number of the fold to validate on; all others are trained on. ALL_TILES trains on every tile,
+            for submission: that network has no score, NaN.
         run_dir: folder of the run, made where missing.
         callbacks: further Lightning callbacks.
         recipe: where the crops come from and what is done with them.
 
     Raises:
         RunError: the folder holds a run with another config or other tiles, or another process fills it.
+        ConfigError: no tile is held out, and a setting follows the score.
         train.data.DataError, prep.store.StoreError: the tiles cannot serve.
     """
     folder = fold_folder(run_dir, fold)
+    if fold == ALL_TILES:
+        require_unscored(config)
     require_same_config(config, folder)
     if (folder / FOLD_FILE).is_file():
         record = read_record(folder / FOLD_FILE)
@@ -157,6 +161,7 @@ def _run_lightning(
     config = recorder.config
     pl.seed_everything(config.train.seed, verbose=False)
     module = make_module()
+    module.scored = recorder.fold != ALL_TILES
     set_units(module.network, config, data.normalization)
     if config.model.imagenet:
         load_imagenet(module.network, config.model.args["encoder_name"])
@@ -202,6 +207,18 @@ def set_units(network: nn.Module, config: Config, normalization: dict) -> None:
                     f"inputs derived from physical units ({', '.join(layer.names)})"
                 )
             layer.set_units(normalization)
+
+
+def require_unscored(config: Config) -> None:
+    """Raise ConfigError where a setting follows the score, which a network of all tiles has not."""
+    train, optim = config.train, config.optim
+    for key, value, expected, sensible in (
+        ("train.keep", train.keep, "last", train.keep == "last"),
+        ("train.early_stop", train.early_stop, "0", train.early_stop == 0),
+        ("optim.schedule", optim.schedule, "cosine or restarts", optim.schedule != "plateau"),
+    ):
+        if not sensible:
+            raise ConfigError(f"{key} is {value}, expected {expected} where no tile is held out")
 
 
 def sees_every_direction(config: Config) -> bool:
@@ -459,8 +476,11 @@ def describe_fold(fold: int, data: FoldData) -> str:
     shares = ", ".join(
         f"{name} {100 * share:.0f} %" for name, share in zip(CLASS_NAMES, data.dataset.pixels.shares)
     )
+    name, held_out = f"fold {fold}", name_some(data.val_ids)
+    if fold == ALL_TILES:
+        name, held_out = "all tiles", "none"
     return (
-        f"fold {fold}: {len(data.train_ids)} tiles to train on, validation on {name_some(data.val_ids)}; "
+        f"{name}: {len(data.train_ids)} tiles to train on, validation on {held_out}; "
         f"crops drawn around {shares}"
     )
 

@@ -27,8 +27,11 @@ class SegmentationModule(pl.LightningModule):
 
     Metrics, all over pixels with a label: `val_mcc`, glacier of either kind against the rest on all tiles;
     `val_mcc4`, four classes on the tiles whose labels are all certain, NaN where there are none; `val_loss`,
-    the mean of the tiles' losses.
+    the mean of the tiles' losses. All are NaN where `scored` is false: the network trains on every tile, and
+    what it says of those it has seen is no score.
     """
+
+    scored = True
 
     def __init__(self, config: Config) -> None:
         """Build the network that the config names, with random weights."""
@@ -118,6 +121,10 @@ class SegmentationModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and let the learning rate follow them."""
+        if not self.scored:
+            for name in ("val_loss", "val_mcc", "val_mcc4"):
+                self.log(name, math.nan)
+            return
         extent = float(self.extent_mcc.compute())
         classes = float(self.class_mcc.compute()) if self.class_mcc.update_called else float("nan")
         self.log("val_loss", float(np.mean(self.val_losses)))

@@ -160,5 +160,5 @@ def fit_side_by_side(config: Config, run_dir: Path, folds: Sequence[int] | None,
 
 def work_of(settings: Path, run_dir: Path, fold: int) -> Work:
     """Return the process that fits one fold of a run whose config is in the file `settings`."""
-    arguments = ["train", "fit", "--config", settings, "--run", run_dir, "--folds", fold]
+    arguments = ["train", "fit", "--config", settings, "--run", run_dir, f"--folds={fold}"]
     return Work(f"fold {fold}", [str(argument) for argument in arguments], run_dir / f"fold{fold}.log")
