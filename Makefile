@@ -21,6 +21,7 @@ RUNS ?=
 MAX_MB ?= 300
 MAX_GMAC ?= 160
 NETWORKS ?=
+UNETS ?= imagenet0 north0 north1 north-lite2-0
 PIXEL_SEEDS ?= 0 1 2
 OOF ?=
 MODELS ?=
@@ -52,7 +53,7 @@ DEMO := data/demo
 	predict preview score export \
 	prep fit evaluate calibrate pareto train-all \
 	check grader-check bench submission \
-	baseline pixels train-mixed report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
+	baseline pixels unets train-mixed report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
 	test test-slow lint coverage fuzz audit reference lock clean
 
 help: ## list the targets
@@ -150,12 +151,16 @@ pixels: prep ## the network on single pixels, on the same folds, once with each 
 		$(PY) -m train pixels --run $$run store=$(STORE) scheme=$(SCHEME) seed=$$seed && \
 		$(PY) -m train evaluate --run $$run --store $(STORE) || exit 1; done
 
-train-mixed: ## how the shipped WEIGHTS are made (SCHEME=spatial): two U-Nets and networks on pixels, weighed
-	@for kind in imagenet directional; do $(MAKE) --no-print-directory evaluate NAME=$$kind \
-		CONFIG=train/configs/$$kind.yaml || exit 1; done
-	@$(MAKE) --no-print-directory pixels
-	@$(MAKE) --no-print-directory mix MAX_MB=70 NETWORKS=3 CALIBRATION= OOF=runs/mixed-$(SCHEME) \
-		RUNS="runs/imagenet-$(SCHEME) runs/directional-$(SCHEME) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))"
+unets: prep ## the U-Nets UNETS, <config><seed>, on the same folds and once on all tiles; JOBS folds at once (default 2)
+	@for unet in $(UNETS); do kind=$$(echo $$unet | sed 's/-*[0-9]*$$//'); seed=$$(echo $$unet | sed 's/.*[^0-9]//'); \
+		run=runs/$$unet-$(SCHEME); \
+		given="--config train/configs/$$kind.yaml --run $$run data.store=$(STORE) data.scheme=$(SCHEME) train.seed=$$seed"; \
+		$(PY) -m train fit $$given --jobs $(or $(JOBS),2) && $(PY) -m train fit $$given --all-tiles && \
+		$(PY) -m train evaluate --run $$run --store $(STORE) || exit 1; done
+
+train-mixed: unets pixels ## how the shipped WEIGHTS are made (SCHEME=spatial): U-Nets and networks on pixels, weighed
+	@$(MAKE) --no-print-directory mix MAX_MB=70 CALIBRATION= OOF=runs/mixed-$(SCHEME) \
+		RUNS="$(UNETS:%=runs/%-$(SCHEME)) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))"
 
 report: setup ## compare U-Net and baseline on both kinds of folds: reports/, and reports/index.html with all tiles
 	@for scheme in stratified spatial; do \

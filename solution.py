@@ -608,15 +608,40 @@ def with_ranges(x: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
     """
     maps = []
     with torch.no_grad():
-        for band in RANGE_BANDS:
-            values = x[:, band : band + 1]
-            known = values != 0
-            for sign in (-1, 1):
-                signed = torch.where(known, sign * values, -math.inf)
-                maps += [
-                    torch.where(known, largest_within(signed, window) - signed, 0.0) for window in windows
-                ]
+        for known, signed in each_way_up(x):
+            maps += [torch.where(known, largest_within(signed, window) - signed, 0.0) for window in windows]
     return like_first([x, *maps])
+
+
+def with_tophats(x: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
+    """Return bands (B, C, H, W) and behind them how far each pixel stands out of what is wider than a window.
+
+    For each of RANGE_BANDS and each window the black and the white top-hat (Serra 1982): a pixel's distance
+    to the morphological closing and opening, in the unit of `x`, 0 where nodata.
+
+    Args:
+        x: normalised bands first, exactly 0 where nodata.
+        windows: odd sides of the squares in pixels.
+    """
+    maps = []
+    with torch.no_grad():
+        for known, signed in each_way_up(x):
+            for window in windows:
+                around = largest_within(signed, window)
+                around = torch.where(around.isinf(), math.inf, around)  # nothing near limits nothing
+                closing = -largest_within(-around, window)
+                maps.append(torch.where(known & closing.isfinite(), closing - signed, 0.0))
+    return like_first([x, *maps])
+
+
+def each_way_up(x: torch.Tensor) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Yield for each of RANGE_BANDS, first turned upside down, where it is known and its values, two
+    (B, 1, H, W); -inf where it is not."""
+    for band in RANGE_BANDS:
+        values = x[:, band : band + 1]
+        known = values != 0
+        for sign in (-1, 1):
+            yield known, torch.where(known, sign * values, -math.inf)
 
 
 def like_first(maps: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -632,17 +657,23 @@ class CoarseUnet(nn.Module):
 
     Glaciers are large against a pixel of 30 m: for the same work a step covers `factor`^2 times the area.
     `derived` names maps that it sees besides the bands; see DerivedInputs. `ranges` are windows, in pixels of
-    the reduced image, in which it sees each pixel's place between the extremes; see `with_ranges`.
+    the reduced image, in which it sees each pixel's place between the extremes; see `with_ranges`, and for
+    `tophats` `with_tophats`.
     """
 
     def __init__(
-        self, factor: int = 2, derived: Sequence[str] = (), ranges: Sequence[int] = (), **args: Any
+        self,
+        factor: int = 2,
+        derived: Sequence[str] = (),
+        ranges: Sequence[int] = (),
+        tophats: Sequence[int] = (),
+        **args: Any,
     ) -> None:
         super().__init__()
         self.factor = factor
-        self.ranges = tuple(ranges)
+        self.ranges, self.tophats = tuple(ranges), tuple(tophats)
         self.derive = DerivedInputs(derived) if derived else nn.Identity()
-        more = len(derived) + 2 * len(RANGE_BANDS) * len(self.ranges)
+        more = len(derived) + 2 * len(RANGE_BANDS) * (len(self.ranges) + len(self.tophats))
         in_channels = args.pop("in_channels", len(BANDS)) + more
         self.unet = smp.Unet(in_channels=in_channels, **args)
 
@@ -652,7 +683,8 @@ class CoarseUnet(nn.Module):
 
     def see(self, coarse: torch.Tensor) -> torch.Tensor:
         """Return the logits of the reduced image."""
-        return self.unet(with_ranges(coarse, self.ranges) if self.ranges else coarse)
+        seen = with_ranges(coarse, self.ranges) if self.ranges else coarse
+        return self.unet(with_tophats(seen, self.tophats) if self.tophats else seen)
 
 
 def double_convolution(before: int, after: int, dropout: float) -> nn.Sequential:
@@ -919,7 +951,9 @@ def slope_features(features: np.ndarray) -> Iterator[np.ndarray]:
             yield mean[rows, :width] - mean[rows, 2 * reach :]
 
 
-def range_features(image: np.ndarray, windows: Sequence[int]) -> Iterator[np.ndarray]:
+def range_features(
+    image: np.ndarray, windows: Sequence[int], bands: Sequence[int] = RANGE_BANDS
+) -> Iterator[np.ndarray]:
     """Yield how far every pixel is above the least and below the largest value in windows around it.
 
     Each is (H, W) float32, NaN where nodata. In the thermal band they tell the valley floor from the ridge,
@@ -928,14 +962,31 @@ def range_features(image: np.ndarray, windows: Sequence[int]) -> Iterator[np.nda
     Args:
         image: (H, W, 5), reflectance and kelvin, NaN where nodata.
         windows: odd sides of the squares in pixels; only values inside the image count.
+        bands: which of BANDS.
     """
-    for index in RANGE_BANDS:
+    for index in bands:
         band = np.ascontiguousarray(image[..., index], np.float32)
         least, largest = (np.nan_to_num(band, nan=fill) for fill in (np.inf, -np.inf))
         for window in windows:
             square = np.ones((window, window), np.uint8)
             yield band - cv2.erode(least, square)
             yield cv2.dilate(largest, square) - band
+
+
+def tophat_features(image: np.ndarray, windows: Sequence[int], bands: Sequence[int]) -> Iterator[np.ndarray]:
+    """Yield how far every pixel stands out of what is wider than a window: the white and black top-hats.
+
+    Each is (H, W) float32, NaN where nodata; see `with_tophats`, and `range_features` for the arguments.
+    """
+    for index in bands:
+        band = np.ascontiguousarray(image[..., index], np.float32)
+        for sign in (1, -1):
+            values = np.nan_to_num(sign * band, nan=np.inf)
+            for window in windows:
+                square = np.ones((window, window), np.uint8)
+                least = cv2.erode(values, square)
+                least[np.isinf(least)] = -np.inf  # nothing near limits nothing
+                yield sign * band - cv2.dilate(least, square)
 
 
 class PixelNet(nn.Module):
@@ -956,6 +1007,8 @@ class PixelNet(nn.Module):
         hidden: Sequence[int] = (128, 64),
         dropout: float = 0.2,
         ranges: Sequence[int] = (),
+        tophats: Sequence[int] = (),
+        range_bands: Sequence[int] = RANGE_BANDS,
     ) -> None:
         """Make the layers with random weights; the first three sizes are as for any network.
 
@@ -963,10 +1016,13 @@ class PixelNet(nn.Module):
             hidden: channels of the layers.
             dropout: share dropped in training.
             ranges: windows of its range features in pixels, at most those of its statistics.
+            tophats: windows of its top-hats, at most half as wide.
+            range_bands: bands of both.
         """
         super().__init__()
-        self.ranges = tuple(ranges)
-        features = PIXEL_FEATURES + SLOPE_FEATURES + 2 * len(RANGE_BANDS) * len(self.ranges)
+        self.ranges, self.tophats, self.range_bands = tuple(ranges), tuple(tophats), tuple(range_bands)
+        around = 2 * len(self.range_bands) * (len(self.ranges) + len(self.tophats))
+        features = PIXEL_FEATURES + SLOPE_FEATURES + around
         self.register_buffer("running_mean", torch.zeros(features))  # by this name stored in full precision
         self.register_buffer("running_std", torch.ones(features))
         layers: List[nn.Module] = []
@@ -986,10 +1042,13 @@ class PixelNet(nn.Module):
     def features(self, image: np.ndarray, kelvin: np.float32) -> np.ndarray:
         """Return the features (F, H, W) float32 of a tile, or of some rows of it; see `pixel_features`."""
         features = np.empty((len(self.running_mean),) + image.shape[:2], np.float32)
-        slopes = slope_features(features)  # looks at the statistics when they are there
-        for number, plane in enumerate(
-            chain(pixel_features(image, kelvin), slopes, range_features(image, self.ranges))
-        ):
+        planes = chain(
+            pixel_features(image, kelvin),
+            slope_features(features),  # looks at the statistics when they are there
+            range_features(image, self.ranges, self.range_bands),
+            tophat_features(image, self.tophats, self.range_bands),
+        )
+        for number, plane in enumerate(planes):
             features[number] = plane
         return features
 

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from solution import (
     normalize,
     range_features,
     with_ranges,
+    with_tophats,
 )
 from train.config import ConfigError, load_config
 from train.evaluate import as_member, predict_views, read_fold
@@ -199,26 +201,46 @@ def test_ranges_are_those_that_pixel_networks_see(image):
     assert seen == pytest.approx(np.nan_to_num(expected, nan=0.0), abs=1e-3)
 
 
-def test_ranges_follow_the_bands_and_know_no_direction(image):
+def test_tophats_are_those_of_opencv():
+    x = torch.randn(2, 5, 40, 56)
+    windows = (3, 9, 17)
+    seen = with_tophats(x, windows)[:, 5:].unflatten(1, (len(RANGE_BANDS), 2, len(windows))).numpy()
+    for image, maps in zip(x.numpy(), seen):
+        for band, (white, black) in zip(RANGE_BANDS, maps):
+            for number, window in enumerate(windows):
+                square = np.ones((window, window), np.uint8)
+                opened = cv2.morphologyEx(image[band], cv2.MORPH_TOPHAT, square)
+                closed = cv2.morphologyEx(image[band], cv2.MORPH_BLACKHAT, square)
+                np.testing.assert_array_equal(white[number], opened)
+                np.testing.assert_array_equal(black[number], closed)
+
+
+@pytest.mark.parametrize("see", [with_ranges, with_tophats])
+def test_what_is_seen_around_follows_the_bands_and_knows_no_direction(image, see):
     x = as_batch(image).contiguous(memory_format=torch.channels_last)
-    seen = with_ranges(x, (5, 9))
+    seen = see(x, (5, 9))
     assert seen.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(seen[:, :5], x)
-    assert torch.equal(with_ranges(x.flip(-1), (5, 9)).flip(-1), seen)
+    assert torch.equal(see(x.flip(-1), (5, 9)).flip(-1), seen)
+    assert torch.isfinite(seen).all() and (seen[:, 5:] >= 0).all()
+    missing = x[:, list(RANGE_BANDS)] == 0  # (1, bands, H, W)
+    assert (seen[:, 5:].unflatten(1, (len(RANGE_BANDS), -1)) == 0).all(dim=2)[missing].all()
 
 
-def test_ranges_of_an_image_without_data_are_nothing():
-    assert (with_ranges(torch.zeros(2, 5, 64, 64), (3, 17)) == 0).all()
+@pytest.mark.parametrize("see", [with_ranges, with_tophats])
+def test_an_image_without_data_stands_out_of_nothing(see):
+    assert (see(torch.zeros(2, 5, 64, 64), (3, 17)) == 0).all()
 
 
-def test_a_network_sees_ranges_of_the_reduced_image(image):
-    network = random_network({"name": "CoarseUnet", "args": {**ARCH, "ranges": [5, 9]}})
+def test_a_network_sees_ranges_and_tophats_of_the_reduced_image(image):
+    network = random_network({"name": "CoarseUnet", "args": {**ARCH, "ranges": [5, 9], "tophats": [7]}})
     merged = copy.deepcopy(network)
     assert solution.merge_batchnorm(merged)
     x = solution.pad_to_multiple(as_batch(image))
     coarse = torch.nn.functional.avg_pool2d(network.derive(x), 2)
     with torch.no_grad():
-        expected = network.unet(with_ranges(solution.pad_to_multiple(coarse), (5, 9)))
+        seen = with_ranges(solution.pad_to_multiple(coarse), (5, 9))
+        expected = network.unet(with_tophats(seen, (7,)))
         expected = expected[..., : coarse.shape[2], : coarse.shape[3]]
         expected = torch.nn.functional.interpolate(expected, scale_factor=2, mode="bilinear")
         assert torch.allclose(network(x), expected, atol=1e-5)

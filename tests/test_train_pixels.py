@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -76,10 +77,33 @@ def test_ranges_equal_those_of_each_window(image, window):
     np.testing.assert_array_equal(np.isnan(above), np.isnan(band))
 
 
-@pytest.mark.parametrize("ranges", [[], [9, 65]])
-def test_rows_are_independent_of_each_other(image, monkeypatch, ranges):
+@pytest.mark.parametrize("band", [2, 4])
+def test_tophats_of_an_image_without_gaps_are_those_of_opencv(band):
+    image = np.random.default_rng(0).normal(size=(40, 56, 5)).astype(np.float32)
+    values = np.ascontiguousarray(image[..., band])
+    found = list(solution.tophat_features(image, [3, 9], [band]))
+    squares = [np.ones((window, window), np.uint8) for window in (3, 9)]
+    expected = [
+        cv2.morphologyEx(values, kind, square)
+        for kind in (cv2.MORPH_TOPHAT, cv2.MORPH_BLACKHAT)
+        for square in squares
+    ]
+    np.testing.assert_array_equal(np.stack(found), np.stack(expected))
+
+
+def test_tophats_are_known_where_the_band_is(image):
+    for index, feature in enumerate(solution.tophat_features(image, [3, 17], [2, 4])):
+        band = image[..., 2 if index < 4 else 4]
+        np.testing.assert_array_equal(np.isnan(feature), np.isnan(band))
+        assert np.nanmin(feature) >= 0 and np.isfinite(feature[~np.isnan(feature)]).all()
+
+
+@pytest.mark.parametrize(
+    "windows", [{}, {"ranges": [9, 65]}, {"ranges": [9], "tophats": [5, 33], "range_bands": [2, 4]}]
+)
+def test_rows_are_independent_of_each_other(image, monkeypatch, windows):
     torch.manual_seed(0)
-    network = network_with(ranges=ranges)
+    network = network_with(**windows)
     x = torch.from_numpy(as_bands(image))[None]
     with torch.no_grad():
         whole = network(x)
@@ -128,7 +152,7 @@ def test_it_learns_what_its_features_tell():
     count = solution.PIXEL_FEATURES + solution.SLOPE_FEATURES
     features = rng.normal(3, 2, (4000, count)).astype(np.float32)
     codes = (features[:, 0] + features[:, 20] > 6).astype(np.uint8)
-    config = PixelConfig(hidden=[16], ranges=[], epochs=20, batch_size=256)
+    config = PixelConfig(hidden=[16], ranges=[], tophats=[], epochs=20, batch_size=256)
     network = fit_network([Pixels(features[:3000], codes[:3000])], config)
     with torch.no_grad():
         found = network.layers(network.standardise(torch.from_numpy(features[3000:])[..., None, None]))
@@ -136,7 +160,16 @@ def test_it_learns_what_its_features_tell():
 
 
 @pytest.mark.parametrize(
-    "override", ["pixels=3", "epochs=many", "unsplit_glacier=ice", "hidden=[0]", "ranges=[8]"]
+    "override",
+    [
+        "pixels=3",
+        "epochs=many",
+        "unsplit_glacier=ice",
+        "hidden=[0]",
+        "ranges=[8]",
+        "tophats=[65]",
+        "range_bands=[5]",
+    ],
 )
 def test_unknown_and_senseless_settings_are_errors(override):
     with pytest.raises(ConfigError):

@@ -6,6 +6,7 @@ cross-entropy of the set that a label allows, so glacier of unknown kind asks fo
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from prep.store import TileStore
 from solution import (
     BANDS,
     CLASS_NAMES,
+    SIGHT,
     STATISTICS_WINDOWS,
     PixelNet,
     median_temperature,
@@ -46,7 +48,9 @@ class PixelConfig:
     pixels_per_tile: int = 20_000
     unsplit_glacier: str = "set"  # as data.unsplit_glacier of train.config
     hidden: list[int] = field(default_factory=lambda: [128, 64])  # channels of the layers
-    ranges: list[int] = field(default_factory=lambda: [9, 17, 33, 65])  # px, windows of its range features
+    ranges: list[int] = field(default_factory=lambda: [9, 17, 33, 65])  # px, windows of its range features,
+    tophats: list[int] = field(default_factory=lambda: [9, 17, 33])  # px, of its top-hats,
+    range_bands: list[int] = field(default_factory=lambda: [2, 3, 4])  # and bands of both, in solution.BANDS
     dropout: float = 0.2
     epochs: int = 8
     batch_size: int = 1024
@@ -83,6 +87,10 @@ def load_pixel_config(path: Path | None, overrides: Sequence[str] = ()) -> Pixel
     widest = STATISTICS_WINDOWS[-1]
     if any(window % 2 == 0 or not 1 < window <= widest for window in config.ranges):
         raise ConfigError(f"ranges: {config.ranges}, expected odd windows of 3 to {widest} px")
+    if any(window % 2 == 0 or not 1 < window <= SIGHT for window in config.tophats):
+        raise ConfigError(f"tophats: {config.tophats}, expected odd windows of 3 to {SIGHT} px")
+    if not set(config.range_bands) <= set(range(len(BANDS))):
+        raise ConfigError(f"range_bands: {config.range_bands}, expected numbers 0 to {len(BANDS) - 1}")
     if min(config.pixels_per_tile, config.epochs, config.batch_size, *config.hidden) < 1:
         raise ConfigError("pixels_per_tile, epochs, batch_size and hidden: expected 1 or more")
     return config
@@ -90,7 +98,8 @@ def load_pixel_config(path: Path | None, overrides: Sequence[str] = ()) -> Pixel
 
 def network_args(config: PixelConfig) -> dict:
     """Return the arguments of `PixelNet`."""
-    return {"hidden": list(config.hidden), "dropout": config.dropout, "ranges": list(config.ranges)}
+    names = ("hidden", "dropout", "ranges", "tophats", "range_bands")
+    return {name: copy.copy(getattr(config, name)) for name in names}
 
 
 def empty_network(config: PixelConfig) -> PixelNet:
