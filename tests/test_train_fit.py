@@ -17,10 +17,16 @@ from solution import build_network, normalize, pad_to_multiple
 from train.__main__ import main
 from train.config import Config, ConfigError, load_config
 from train.data import ALL_TILES, open_fold
+from train.evaluate import predict_run, read_folds
 from train.files import write_whole
 from train.fit import RunError, first_weights, fit_all, fit_fold, read_record
+from train.html_report.evidence import read_run
+from train.mixture import kind_of
 from train.module import RampedAveraging, SegmentationModule, set_batchnorm_momentum
+from train.package import pack
 from train.pretrained import load_imagenet
+from train.reliability import Reliability
+from train.report import score_run
 
 SMOKE = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
 
@@ -336,14 +342,20 @@ def test_a_network_of_all_tiles_has_seen_them_and_has_no_score(store, tmp_path, 
     assert all(row["val_mcc"] == "nan" for row in read_history(tmp_path / f"fold{ALL_TILES}"))
 
 
-def test_a_network_of_all_tiles_differs_from_that_of_a_fold(store, tmp_path):
+def test_a_network_of_all_tiles_stands_beside_the_folds(store, tmp_path):
     config = smoke_config(store, "train.keep=last", "optim.schedule=cosine")
-    fit_all(config, tmp_path, [0, ALL_TILES])
-    states = [
-        torch.load(tmp_path / f"fold{fold}" / "fold.pt", weights_only=True)["state_dict"]
-        for fold in (0, ALL_TILES)
-    ]
+    fit_all(config, tmp_path, [0, 1, ALL_TILES])
+    records = {record["fold"]: record for record in read_folds(tmp_path)}
+    states = [records[fold]["state_dict"] for fold in (0, ALL_TILES)]
     assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert kind_of(list(records.values())).folds == (ALL_TILES,), "a mixture ships it in the folds' place"
+    pack(tmp_path, None, tmp_path / "model.pth")
+    packed = torch.load(tmp_path / "model.pth", weights_only=True)
+    assert [member["fold"] for member in packed["members"]] == [0, 1], "a single run is its folds"
+    predict_run(tmp_path, TileStore(store))
+    scores = score_run(tmp_path, TileStore(store))
+    evidence = read_run("run", tmp_path, scores, Reliability(*np.zeros((4, 1))), named=False)
+    assert [history.fold for history in evidence.histories] == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,31 @@ def run_soup(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_adapt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `adapt`."""
+    parser.add_argument("runs", type=Path, nargs="+", help="runs with finished folds")
+    parser.add_argument(
+        "--shares",
+        type=lambda text: [float(share) for share in text.split(",")],
+        default=[0.15, 0.3, 0.5, 1.0],
+        help="of the tile's own statistics (default: 0.15,0.3,0.5,1)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("reports/adapt.md"), help="default: %(default)s")
+    add_store_argument(parser)
+
+
+def run_adapt(arguments: argparse.Namespace) -> int:
+    """Score runs whose BatchNorms are adapted to each held-out tile, a share at a time."""
+    from prep.store import TileStore
+    from train.adapt import measure_run, write_report
+
+    store = TileStore(arguments.store)
+    measured = {str(run): measure_run(run, store, arguments.shares) for run in arguments.runs}
+    write_report(arguments.out, measured, "python -m train " + shlex.join(sys.argv[1:]))
+    print(f"{arguments.out} written")
+    return 0
+
+
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
     what = parser.add_mutually_exclusive_group(required=True)
@@ -635,6 +660,7 @@ def run_benefit(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "fit": Command("train the folds of a tile store", add_fit_arguments, run_fit),
     "distil": Command("train students of finished runs", add_distil_arguments, run_distil),
+    "adapt": Command("what adapting BatchNorm to tiles brings", add_adapt_arguments, run_adapt),
     "soup": Command("average the weights of networks", add_soup_arguments, run_soup),
     "evaluate": Command(
         "score the held-out tiles of a run, or any folder of masks", add_evaluate_arguments, run_evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from solution import (
     prepare_torch,
     usable_cores,
 )
-from train.data import tile_normalization
+from train.data import ALL_TILES, tile_normalization
 from train.files import (
     FOLD_FILE,
     OOF_FOLDER,
@@ -61,6 +61,14 @@ def read_folds(run_dir: Path) -> list[dict]:
     if not paths:
         raise RunError(f"{run_dir}: no finished folds; train them with `python -m train fit --run {run_dir}`")
     return sorted((read_fold(path) for path in paths), key=lambda record: record["fold"])
+
+
+def with_held_out(records: Sequence[dict]) -> list[dict]:
+    """Return the folds of a run that hold tiles out; all, where none does.
+
+    A network of all tiles beside them is for mixtures (`train.mixture`), which know the folds' worth.
+    """
+    return [record for record in records if record["fold"] != ALL_TILES] or list(records)
 
 
 def as_member(record: Mapping) -> Member:

@@ -13,7 +13,7 @@ import torch
 from solution import CLASS_NAMES, MODEL_FORMAT, VIEWS, load_model
 from train.calibrate import Settings
 from train.data import ALL_TILES
-from train.evaluate import read_folds, usable_views
+from train.evaluate import read_folds, usable_views, with_held_out
 from train.files import SCORES_FILE, write_text, write_whole
 from train.fit import RunError
 from train.limits import KNOWN_SECONDS, MAX_BYTES
@@ -192,7 +192,7 @@ def pack(run_dir: Path, calibration: Path | None, out: Path, passes: Path | None
             300 MB; `out` is left as it was.
         solution.InputError: the packed file does not load.
     """
-    records = read_folds(run_dir)
+    records = with_held_out(read_folds(run_dir))
     require_shippable(records)
     settings = read_calibration(calibration)
     folds = [record["fold"] for record in records]

@@ -25,7 +25,7 @@ from solution import build_network, decide_classes, prepare_torch, usable_cores
 from train.calibrate import score
 from train.config import from_dict, save_config
 from train.data import ALL_TILES, open_fold
-from train.evaluate import as_member, predict_views, read_folds, scaled_for
+from train.evaluate import as_member, predict_views, read_folds, scaled_for, with_held_out
 from train.files import CONFIG_FILE, FOLD_FILE, fold_folder, write_json, write_whole
 from train.fit import RunError, arch_of
 from train.metrics import TileCounts, count_tile, score_tiles
@@ -187,7 +187,9 @@ def cook(run_dirs: Sequence[Path], store: TileStore, out: Path, batches: int) ->
         raise RunError(f"soup: found {', '.join(map(str, run_dirs))}, expected two different runs or more")
     prepare_torch(usable_cores())
     names = [str(folder) for folder in run_dirs]
-    by_run = [{record["fold"]: record for record in read_folds(Path(folder))} for folder in run_dirs]
+    by_run = [
+        {record["fold"]: record for record in with_held_out(read_folds(Path(folder)))} for folder in run_dirs
+    ]
     folds = sorted(set.intersection(*(set(records) for records in by_run)))
     if not folds:
         raise RunError(f"soup: {', '.join(names)} have no finished fold in common; finish the same folds")
@@ -216,7 +218,7 @@ def cook_folds(run_dir: Path, store: TileStore, out: Path, batches: int) -> tupl
         RunError: there is but one fold, or networks that cannot be averaged.
     """
     prepare_torch(usable_cores())
-    records = read_folds(run_dir)
+    records = with_held_out(read_folds(run_dir))
     tiles = sorted({tile for record in records for tile in (*record["train_tiles"], *record["val_tiles"])})
     whole = [seen_by_all(record, records, tiles) for record in records]
     names = [f"{run_dir}/fold{record['fold']}" for record in records]

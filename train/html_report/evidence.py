@@ -13,7 +13,8 @@ from prep.labels import IGNORE
 from prep.store import TileStore
 from solution import decide_classes, valid_mask
 from train.config import Config, load_config
-from train.files import CONFIG_FILE, HISTORY_FILE, RUN_FILE, files_of_folds
+from train.data import ALL_TILES
+from train.files import CONFIG_FILE, HISTORY_FILE, RUN_FILE, files_of_folds, fold_folder
 from train.html_report.images import map_uri, photo_uri
 from train.pictures import CODE_COLOURS, OUTCOME_COLOURS, Outcome, false_colour, map_outcomes
 from train.reliability import Reliability, count_reliability, pool_reliability
@@ -107,7 +108,10 @@ def read_run(name: str, folder: Path, scores: dict, reliability: Reliability, na
     recipe = configs[0].read_text(encoding="utf-8") if configs else ""
     settings = {} if config else json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     keep = config.train.keep if config else "last"
-    histories = [read_history(path, keep) for path in files_of_folds(folder, HISTORY_FILE)]
+    paths = [
+        path for path in files_of_folds(folder, HISTORY_FILE) if path.parent != fold_folder(folder, ALL_TILES)
+    ]
+    histories = [read_history(path, keep) for path in paths]
     ordered = tuple(sorted(histories, key=lambda history: history.fold))
     return RunEvidence(
         name, folder, scores, config, recipe, settings, ordered, reliability, named or config is None
