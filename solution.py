@@ -520,6 +520,14 @@ def nearest_along(squares: torch.Tensor, reach: int, dim: int) -> torch.Tensor:
     return nearest
 
 
+def like_first(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return maps (B, c, H, W) one behind the other, in the memory format of the first."""
+    joined = torch.cat(list(maps), dim=1)
+    if maps[0].is_contiguous(memory_format=torch.channels_last):
+        return joined.contiguous(memory_format=torch.channels_last)
+    return joined
+
+
 class DerivedInputs(nn.Module):
     """Puts maps behind the five normalised bands that are made of them; (B, 5, H, W) to (B, 5 + n, H, W).
 
@@ -616,7 +624,7 @@ def with_ranges(x: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
 def with_tophats(x: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
     """Return bands (B, C, H, W) and behind them how far each pixel stands out of what is wider than a window.
 
-    For each of RANGE_BANDS and each window the black and the white top-hat (Serra 1982): a pixel's distance
+    For each of RANGE_BANDS and each window the white and the black top-hat (Serra 1982): a pixel's distance
     to the morphological closing and opening, in the unit of `x`, 0 where nodata.
 
     Args:
@@ -642,14 +650,6 @@ def each_way_up(x: torch.Tensor) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         known = values != 0
         for sign in (-1, 1):
             yield known, torch.where(known, sign * values, -math.inf)
-
-
-def like_first(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return maps (B, c, H, W) one behind the other, in the memory format of the first."""
-    joined = torch.cat(list(maps), dim=1)
-    if maps[0].is_contiguous(memory_format=torch.channels_last):
-        return joined.contiguous(memory_format=torch.channels_last)
-    return joined
 
 
 class CoarseUnet(nn.Module):
