@@ -348,7 +348,9 @@ def test_a_network_of_all_tiles_stands_beside_the_folds(store, tmp_path):
     records = {record["fold"]: record for record in read_folds(tmp_path)}
     states = [records[fold]["state_dict"] for fold in (0, ALL_TILES)]
     assert any(not torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert kind_of(list(records.values())).folds == (ALL_TILES,), "a mixture ships it in the folds' place"
+    kinds = [kind_of(list(records.values()), most) for most in (None, 1, 2)]
+    assert [kind.folds for kind in kinds[:2]] == [(ALL_TILES,)] * 2, "a mixture ships it in the folds' place"
+    assert kinds[2].folds[0] == ALL_TILES and len(kinds[2].folds) == 2, "a fold follows where there is room"
     pack(tmp_path, None, tmp_path / "model.pth")
     packed = torch.load(tmp_path / "model.pth", weights_only=True)
     assert [member["fold"] for member in packed["members"]] == [0, 1], "a single run is its folds"

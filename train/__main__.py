@@ -367,7 +367,11 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     mixture.add_argument("--max-mb", type=float, help="most megabytes of the file (default: 300)")
     mixture.add_argument("--max-gmac", type=float, help="most 10^9 multiply-adds a tile (default: 160)")
     mixture.add_argument("--oof", type=Path, help="folder: a run of the mixture's out-of-fold predictions")
-    mixture.add_argument("--networks", type=int, help="most networks of each run (default: all folds)")
+    mixture.add_argument(
+        "--networks",
+        type=int,
+        help="most networks of each run, that of all tiles first (default: it alone, or all folds)",
+    )
     add_store_argument(mixture)
 
 

@@ -416,10 +416,13 @@ def stored_size(record: Mapping) -> int:
 def kind_of(records: Sequence[Mapping], most: int | None = None) -> Kind:
     """Return what shipping a run takes; folds come in the order of their held-out scores, `most` at most.
 
-    A network of all tiles is shipped in the place of the folds, which tell what it is worth.
+    A network of all tiles is shipped in the place of the folds, which tell what it is worth; where `most`
+    asks for more than it, folds follow.
     """
     whole = [record for record in records if record["fold"] == ALL_TILES]
-    by_score = whole or sorted(records, key=lambda record: -record["val_mcc"])
+    scored = [record for record in records if record["fold"] != ALL_TILES]
+    folds = sorted(scored, key=lambda record: -record["val_mcc"])
+    by_score = whole if whole and most is None else [*whole, *folds]
     size = max(stored_size(record) for record in records)
     folds = tuple(record["fold"] for record in by_score)[:most]
     return Kind(count_gmac(records[0]["arch"]), size, folds, min(map(usable_views, records)))
