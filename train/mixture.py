@@ -421,8 +421,8 @@ def kind_of(records: Sequence[Mapping], most: int | None = None) -> Kind:
     """
     whole = [record for record in records if record["fold"] == ALL_TILES]
     scored = [record for record in records if record["fold"] != ALL_TILES]
-    folds = sorted(scored, key=lambda record: -record["val_mcc"])
-    by_score = whole if whole and most is None else [*whole, *folds]
+    best_first = sorted(scored, key=lambda record: -record["val_mcc"])
+    by_score = whole if whole and most is None else [*whole, *best_first]
     size = max(stored_size(record) for record in records)
     folds = tuple(record["fold"] for record in by_score)[:most]
     return Kind(count_gmac(records[0]["arch"]), size, folds, min(map(usable_views, records)))
