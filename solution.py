@@ -604,42 +604,29 @@ def largest_within(values: torch.Tensor, window: int) -> torch.Tensor:
     return values
 
 
-def with_ranges(x: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
-    """Return bands (B, C, H, W) and behind them how far each pixel is from the extremes around it.
+def with_surroundings(x: torch.Tensor, ranges: Sequence[int], tophats: Sequence[int]) -> torch.Tensor:
+    """Return bands (B, C, H, W) and behind them where each pixel stands among those around it.
 
-    For each of RANGE_BANDS and each window: above the least value, below the largest, in the unit of `x`, 0
-    where nodata. As `range_features`, which PixelNet sees; a convolution knows means, not extremes.
-
-    Args:
-        x: normalised bands first, exactly 0 where nodata.
-        windows: odd sides of the squares in pixels.
-    """
-    maps = []
-    with torch.no_grad():
-        for known, signed in each_way_up(x):
-            maps += [torch.where(known, largest_within(signed, window) - signed, 0.0) for window in windows]
-    return like_first([x, *maps])
-
-
-def with_tophats(x: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
-    """Return bands (B, C, H, W) and behind them how far each pixel stands out of what is wider than a window.
-
-    For each of RANGE_BANDS and each window the white and the black top-hat (Serra 1982): a pixel's distance
-    to the morphological closing and opening, in the unit of `x`, 0 where nodata.
+    Maps of all `ranges`, then of all `tophats`, for each of RANGE_BANDS and each window, in the unit of `x`,
+    0 where nodata. Ranges: how far it is above the least value around it, and below the largest. Top-hats
+    (Serra 1982), white and black: how far it is above the morphological opening, and below the closing, so
+    how far it stands out of what is wider than the window. PixelNet sees the same (`range_features`,
+    `tophat_features`); a convolution knows means, not extremes.
 
     Args:
         x: normalised bands first, exactly 0 where nodata.
-        windows: odd sides of the squares in pixels.
+        ranges: odd sides of squares in pixels.
+        tophats: the same.
     """
-    maps = []
+    near, beside = [], []
     with torch.no_grad():
-        for known, signed in each_way_up(x):
-            for window in windows:
-                around = largest_within(signed, window)
-                around = torch.where(around.isinf(), math.inf, around)  # nothing near limits nothing
-                closing = -largest_within(-around, window)
-                maps.append(torch.where(known & closing.isfinite(), closing - signed, 0.0))
-    return like_first([x, *maps])
+        for known, values in each_way_up(x):
+            largest = {window: largest_within(values, window) for window in {*ranges, *tophats}}
+            near += [torch.where(known, largest[window] - values, 0.0) for window in ranges]
+            beside += [
+                torch.where(known, closing(largest[window], window) - values, 0.0) for window in tophats
+            ]
+    return like_first([x, *near, *beside])
 
 
 def each_way_up(x: torch.Tensor) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
@@ -652,13 +639,20 @@ def each_way_up(x: torch.Tensor) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
             yield known, torch.where(known, sign * values, -math.inf)
 
 
+def closing(largest: torch.Tensor, window: int) -> torch.Tensor:
+    """Return the morphological closing, given the largest values within `window` of each place.
+
+    It is the least of those within the window; -inf, where nothing was near, limits nothing.
+    """
+    return -largest_within(-torch.where(largest.isinf(), math.inf, largest), window)
+
+
 class CoarseUnet(nn.Module):
     """A U-Net that sees the image at 1/`factor` of its resolution, and whose logits are enlarged again.
 
     Glaciers are large against a pixel of 30 m: for the same work a step covers `factor`^2 times the area.
-    `derived` names maps that it sees besides the bands; see DerivedInputs. `ranges` are windows, in pixels of
-    the reduced image, in which it sees each pixel's place between the extremes; see `with_ranges`, and for
-    `tophats` `with_tophats`.
+    `derived` names maps that it sees besides the bands; see DerivedInputs. `ranges` and `tophats` are
+    windows, in pixels of the reduced image, in which it sees each pixel's surroundings: `with_surroundings`.
     """
 
     def __init__(
@@ -683,8 +677,7 @@ class CoarseUnet(nn.Module):
 
     def see(self, coarse: torch.Tensor) -> torch.Tensor:
         """Return the logits of the reduced image."""
-        seen = with_ranges(coarse, self.ranges) if self.ranges else coarse
-        return self.unet(with_tophats(seen, self.tophats) if self.tophats else seen)
+        return self.unet(with_surroundings(coarse, self.ranges, self.tophats))
 
 
 def double_convolution(before: int, after: int, dropout: float) -> nn.Sequential:
@@ -976,7 +969,7 @@ def range_features(
 def tophat_features(image: np.ndarray, windows: Sequence[int], bands: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield how far every pixel stands out of what is wider than a window: the white and black top-hats.
 
-    Each is (H, W) float32, NaN where nodata; see `with_tophats`, and `range_features` for the arguments.
+    Each is (H, W) float32, NaN where nodata; see `with_surroundings`, and `range_features` for the arguments.
     """
     for index in bands:
         band = np.ascontiguousarray(image[..., index], np.float32)

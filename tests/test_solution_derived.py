@@ -22,8 +22,7 @@ from solution import (
     InputError,
     normalize,
     range_features,
-    with_ranges,
-    with_tophats,
+    with_surroundings,
 )
 from train.config import ConfigError, load_config
 from train.evaluate import as_member, predict_views, read_fold
@@ -193,7 +192,7 @@ def test_from_imagenet_the_maps_weigh_nothing_at_first(derived, image):
 def test_ranges_are_those_that_pixel_networks_see(image):
     """An independent implementation, by OpenCV, in physical units: the same up to the unit of the band."""
     windows = (3, 9, 33)
-    seen = with_ranges(as_batch(image), windows)[0, 5:].numpy()
+    seen = with_surroundings(as_batch(image), windows, ())[0, 5:].numpy()
     units = np.repeat(np.asarray(NORMALIZATION["std"])[list(RANGE_BANDS)], 2 * len(windows))
     expected = np.stack(list(range_features(image, windows)))  # band, window, above and below
     expected = expected.reshape(len(RANGE_BANDS), len(windows), 2, *image.shape[:2]).swapaxes(1, 2)
@@ -204,7 +203,7 @@ def test_ranges_are_those_that_pixel_networks_see(image):
 def test_tophats_are_those_of_opencv():
     x = torch.randn(2, 5, 40, 56)
     windows = (3, 9, 17)
-    seen = with_tophats(x, windows)[:, 5:].unflatten(1, (len(RANGE_BANDS), 2, len(windows))).numpy()
+    seen = with_surroundings(x, (), windows)[:, 5:].unflatten(1, (len(RANGE_BANDS), 2, len(windows))).numpy()
     for image, maps in zip(x.numpy(), seen):
         for band, (white, black) in zip(RANGE_BANDS, maps):
             for number, window in enumerate(windows):
@@ -215,21 +214,28 @@ def test_tophats_are_those_of_opencv():
                 np.testing.assert_array_equal(black[number], closed)
 
 
-@pytest.mark.parametrize("see", [with_ranges, with_tophats])
-def test_what_is_seen_around_follows_the_bands_and_knows_no_direction(image, see):
+@pytest.mark.parametrize("ranges, tophats", [((5, 9), ()), ((), (3, 17)), ((9,), (5, 9))])
+def test_what_is_seen_around_follows_the_bands_and_knows_no_direction(image, ranges, tophats):
     x = as_batch(image).contiguous(memory_format=torch.channels_last)
-    seen = see(x, (5, 9))
+    seen = with_surroundings(x, ranges, tophats)
     assert seen.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(seen[:, :5], x)
-    assert torch.equal(see(x.flip(-1), (5, 9)).flip(-1), seen)
+    assert torch.equal(with_surroundings(x.flip(-1), ranges, tophats).flip(-1), seen)
     assert torch.isfinite(seen).all() and (seen[:, 5:] >= 0).all()
     missing = x[:, list(RANGE_BANDS)] == 0  # (1, bands, H, W)
-    assert (seen[:, 5:].unflatten(1, (len(RANGE_BANDS), -1)) == 0).all(dim=2)[missing].all()
+    maps = [
+        part.unflatten(1, (len(RANGE_BANDS), -1))
+        for part in seen[:, 5:].split(
+            [2 * len(RANGE_BANDS) * len(windows) for windows in (ranges, tophats)], dim=1
+        )
+        if part.shape[1]
+    ]
+    assert all((part == 0).all(dim=2)[missing].all() for part in maps)
 
 
-@pytest.mark.parametrize("see", [with_ranges, with_tophats])
-def test_an_image_without_data_stands_out_of_nothing(see):
-    assert (see(torch.zeros(2, 5, 64, 64), (3, 17)) == 0).all()
+@pytest.mark.parametrize("ranges, tophats", [((5, 9), ()), ((), (3, 17)), ((9,), (5, 9))])
+def test_an_image_without_data_stands_out_of_nothing(ranges, tophats):
+    assert (with_surroundings(torch.zeros(2, 5, 64, 64), ranges, tophats) == 0).all()
 
 
 def test_a_network_sees_ranges_and_tophats_of_the_reduced_image(image):
@@ -239,8 +245,7 @@ def test_a_network_sees_ranges_and_tophats_of_the_reduced_image(image):
     x = solution.pad_to_multiple(as_batch(image))
     coarse = torch.nn.functional.avg_pool2d(network.derive(x), 2)
     with torch.no_grad():
-        seen = with_ranges(solution.pad_to_multiple(coarse), (5, 9))
-        expected = network.unet(with_tophats(seen, (7,)))
+        expected = network.unet(with_surroundings(solution.pad_to_multiple(coarse), (5, 9), (7,)))
         expected = expected[..., : coarse.shape[2], : coarse.shape[3]]
         expected = torch.nn.functional.interpolate(expected, scale_factor=2, mode="bilinear")
         assert torch.allclose(network(x), expected, atol=1e-5)
