@@ -335,7 +335,9 @@ def test_the_epoch_that_is_kept(store, tmp_path, keep):
 def test_a_network_of_all_tiles_has_seen_them_and_has_no_score(store, tmp_path, capsys):
     common = ["fit", "--config", str(SMOKE), "--run", str(tmp_path), "--all-tiles", f"data.store={store}"]
     assert main([*common, "train.keep=last", "optim.schedule=cosine"]) == 0
-    assert "all tiles: 4 tiles to train on, validation on none" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "all tiles: 4 tiles to train on, validation on none" in said
+    assert "all tiles  epoch 1/2" in said and "mean" not in said
     record = torch.load(tmp_path / f"fold{ALL_TILES}" / "fold.pt", weights_only=True)
     assert (record["train_tiles"], record["val_tiles"]) == (TileStore(store).tile_ids, [])
     assert np.isnan(record["val_mcc"]) and np.isnan(record["val_mcc4"])

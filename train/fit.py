@@ -130,7 +130,7 @@ def fit_fold(
     if (folder / FOLD_FILE).is_file():
         record = read_record(folder / FOLD_FILE)
         if is_first_process(config):
-            print(f"fold {fold}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
+            print(f"{name_of(fold)}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
         return record
     prepare_torch(threads_of(config))
     data = recipe.open_data(config, fold, folder)
@@ -348,7 +348,7 @@ class Recorder(Callback):
         for callback in trainer.early_stopping_callbacks:
             trainer.should_stop |= callback.wait_count >= callback.patience
         if self.history and trainer.is_global_zero:
-            print(f"fold {self.fold}: continues after epoch {len(self.history)}", flush=True)
+            print(f"{name_of(self.fold)}: continues after epoch {len(self.history)}", flush=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the epoch's clock."""
@@ -399,7 +399,7 @@ class Recorder(Callback):
         minutes = np.mean(seconds) * (epochs - row["epoch"]) / 60
         drawn = "/".join(f"{100 * row['drawn_' + name]:.0f}" for name in CLASS_NAMES)
         return (
-            f"fold {self.fold}  epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
+            f"{name_of(self.fold)}  epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
             f"val_loss {row['val_loss']:.4f}  val_mcc {row['val_mcc']:.4f}  val_mcc4 {row['val_mcc4']:.4f}  "
             f"best {self.best['val_mcc']:.4f} (epoch {self.best['epoch']})  lr {row['lr']:.1e}  "
             f"drawn {drawn} %  "
@@ -471,16 +471,19 @@ def versions() -> dict[str, str]:
     }
 
 
+def name_of(fold: int) -> str:
+    """Return what a fold is called in what is printed."""
+    return "all tiles" if fold == ALL_TILES else f"fold {fold}"
+
+
 def describe_fold(fold: int, data: FoldData) -> str:
     """Return a line on a fold's tiles and the class shares that its crops are drawn by."""
     shares = ", ".join(
         f"{name} {100 * share:.0f} %" for name, share in zip(CLASS_NAMES, data.dataset.pixels.shares)
     )
-    name, held_out = f"fold {fold}", name_some(data.val_ids)
-    if fold == ALL_TILES:
-        name, held_out = "all tiles", "none"
+    held_out = "none" if fold == ALL_TILES else name_some(data.val_ids)
     return (
-        f"{name}: {len(data.train_ids)} tiles to train on, validation on {held_out}; "
+        f"{name_of(fold)}: {len(data.train_ids)} tiles to train on, validation on {held_out}; "
         f"crops drawn around {shares}"
     )
 
@@ -489,10 +492,12 @@ def format_records(records: Sequence[dict]) -> str:
     """Return a table of fitted folds, one a line."""
     lines = [f"{'fold':>4}{'val_mcc':>10}{'val_mcc4':>10}{'epoch':>7}{'of':>4}{'minutes':>9}  validated on"]
     for record in records:
+        fold = "all" if record["fold"] == ALL_TILES else record["fold"]
         lines.append(
-            f"{record['fold']:>4}{record['val_mcc']:>10.4f}{record['val_mcc4']:>10.4f}{record['epoch']:>7}"
+            f"{fold:>4}{record['val_mcc']:>10.4f}{record['val_mcc4']:>10.4f}{record['epoch']:>7}"
             f"{record['epochs']:>4}{record['seconds'] / 60:>9.1f}  {name_some(record['val_tiles'])}"
         )
-    scores = [record["val_mcc"] for record in records]
-    lines.append(f"mean{np.mean(scores):>10.4f}")
+    scores = [record["val_mcc"] for record in records if record["fold"] != ALL_TILES]
+    if scores:
+        lines.append(f"mean{np.mean(scores):>10.4f}")
     return "\n".join(lines)
