@@ -618,6 +618,8 @@ def with_surroundings(x: torch.Tensor, ranges: Sequence[int], tophats: Sequence[
         ranges: odd sides of squares in pixels.
         tophats: the same.
     """
+    if not (ranges or tophats):
+        return x
     near, beside = [], []
     with torch.no_grad():
         for known, values in each_way_up(x):

@@ -11,7 +11,7 @@ from train_helpers import make_store, make_tile
 from prep.store import TileStore
 from solution import normalize
 from train.__main__ import main
-from train.adapt import adapt_record, measure_run
+from train.adapt import blend, measure_run, statistics_of
 from train.config import load_config
 from train.fit import fit_all
 
@@ -35,13 +35,13 @@ def test_a_share_of_one_takes_the_statistics_of_the_tile(record):
     x = torch.from_numpy(normalize(image, NORMALIZATION))[None]
     weight = record["state_dict"]["encoder.conv1.weight"]
     before = torch.nn.functional.conv2d(x, weight, stride=2, padding=3)
-    found = first_batchnorm(adapt_record(record, image, 1.0))
+    found = first_batchnorm(blend(record, statistics_of(record, image), 1.0))
     assert torch.allclose(found, before.mean(dim=(0, 2, 3)), atol=1e-4)
 
 
 def test_statistics_are_blended_and_weights_stay(record):
     image, _ = make_tile(0)
-    none, half, whole = (adapt_record(record, image, share) for share in (0.0, 0.5, 1.0))
+    none, half, whole = (blend(record, statistics_of(record, image), share) for share in (0.0, 0.5, 1.0))
     assert torch.equal(first_batchnorm(none), first_batchnorm(record))
     middle = (first_batchnorm(none) + first_batchnorm(whole)) / 2
     assert torch.allclose(first_batchnorm(half), middle, atol=1e-6)

@@ -34,23 +34,25 @@ class Adapted(NamedTuple):
     four_class: float | None
 
 
-def adapt_record(record: dict, image: np.ndarray, share: float) -> dict:
-    """Return a fold's record with its BatchNorms adapted to an image.
+def statistics_of(record: dict, image: np.ndarray) -> dict[str, torch.Tensor]:
+    """Return the means and variances that a fold's BatchNorms see in an image, by their names.
 
     Args:
         record: with weights.
         image: (H, W, 5) physical units, NaN where nodata.
-        share: of the image's statistics, 0 to 1; the rest are those of training.
     """
     network = build_network(record["arch"])
     network.load_state_dict(record["state_dict"])
     x = torch.from_numpy(normalize(image, record["normalization"]))[None]
     estimate_batchnorm(network, [pad_to_multiple(x)])
-    state = dict(record["state_dict"])
-    for name, value in network.state_dict().items():
-        if name.endswith(STATISTICS):
-            state[name] = torch.lerp(state[name], value, share)
-    return {**record, "state_dict": state}
+    return {name: value for name, value in network.state_dict().items() if name.endswith(STATISTICS)}
+
+
+def blend(record: dict, statistics: dict[str, torch.Tensor], share: float) -> dict:
+    """Return a fold's record with `share`, 0 to 1, of an image's statistics in its BatchNorms."""
+    state = record["state_dict"]
+    blended = {name: torch.lerp(state[name], value, share) for name, value in statistics.items()}
+    return {**record, "state_dict": {**state, **blended}}
 
 
 def measure_run(run_dir: Path, store: TileStore, shares: Sequence[float]) -> list[Adapted]:
@@ -67,8 +69,9 @@ def measure_run(run_dir: Path, store: TileStore, shares: Sequence[float]) -> lis
         for record in records:
             for tile in record["val_tiles"]:
                 image, codes = store.image(tile), store.mask(tile)
+                statistics = statistics_of(record, image)
                 for number, share in enumerate(shares):
-                    member = as_member(adapt_record(record, image, share) if share else record)
+                    member = as_member(blend(record, statistics, share))
                     probs = predict_views(member, image, views=1)[0].astype(np.float32)
                     classes = decide_classes(probs)
                     counts[number].append(count_tile(tile, record["fold"], labels[tile], codes, classes))
