@@ -101,6 +101,7 @@ GREEN, SWIR, THERMAL = 1, 3, 4  # in BANDS
 # Maps that a network can be given besides the bands; see DerivedInputs.
 DERIVED_INPUTS = ("ndsi", "temperature_anomaly", "nodata_distance")
 DARKEST_SUM = 0.05  # of two reflectances: below, their quotient is mostly noise and is damped
+LEAST_PROBABILITY = 1e-9  # whose logarithm is a logit
 NODATA_REACH = 32  # px, further away the distance to nodata is the same
 # Features of a pixel for trees; see pixel_features and BoostedTrees.
 LEAST_REFLECTANCE = 0.01  # sum of two bands below which their quotient is no feature of a pixel
@@ -649,12 +650,20 @@ def closing(largest: torch.Tensor, window: int) -> torch.Tensor:
     return -largest_within(-torch.where(largest.isinf(), math.inf, largest), window)
 
 
+def magnify(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return normalised bands (B, C, H, W) in another size (height, width); nodata, exactly 0, stays so."""
+    known = nn.functional.interpolate((x != 0).to(x.dtype), list(size), mode="nearest")
+    return known * nn.functional.interpolate(x, list(size), mode="bilinear", align_corners=False)
+
+
 class CoarseUnet(nn.Module):
     """A U-Net that sees the image at 1/`factor` of its resolution, and whose logits are enlarged again.
 
     Glaciers are large against a pixel of 30 m: for the same work a step covers `factor`^2 times the area.
     `derived` names maps that it sees besides the bands; see DerivedInputs. `ranges` and `tophats` are
     windows, in pixels of the reduced image, in which it sees each pixel's surroundings: `with_surroundings`.
+    `scales` are how many times as large the image is looked at, once each; the probabilities are averaged.
+    In training it is looked at in the first of them.
     """
 
     def __init__(
@@ -663,11 +672,14 @@ class CoarseUnet(nn.Module):
         derived: Sequence[str] = (),
         ranges: Sequence[int] = (),
         tophats: Sequence[int] = (),
+        scales: Sequence[float] = (1.0,),
         **args: Any,
     ) -> None:
         super().__init__()
+        if not scales or min(scales) <= 0:
+            raise InputError(f"scales of CoarseUnet: found {list(scales)}, expected one or more above 0")
         self.factor = factor
-        self.ranges, self.tophats = tuple(ranges), tuple(tophats)
+        self.ranges, self.tophats, self.scales = tuple(ranges), tuple(tophats), tuple(scales)
         self.derive = DerivedInputs(derived) if derived else nn.Identity()
         more = len(derived) + 2 * len(RANGE_BANDS) * (len(self.ranges) + len(self.tophats))
         in_channels = args.pop("in_channels", len(BANDS)) + more
@@ -675,7 +687,19 @@ class CoarseUnet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, 4, H, W) of normalised bands (B, 5, H, W); H and W are multiples of STRIDE."""
-        return run_coarsely(self.see, self.derive(x), self.factor)
+        if self.training or len(self.scales) == 1:
+            return self.at_scale(x, self.scales[0])
+        probs = [self.at_scale(x, scale).softmax(dim=1) for scale in self.scales]
+        return torch.stack(probs).mean(dim=0).clamp(min=LEAST_PROBABILITY).log()
+
+    def at_scale(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the logits of an image that is looked at `scale` times as large, in the image's own size."""
+        if scale == 1:
+            return run_coarsely(self.see, self.derive(x), self.factor)
+        size = (x.shape[2], x.shape[3])
+        larger = magnify(x, [max(1, round(side * scale / self.factor)) * self.factor for side in size])
+        logits = run_coarsely(self.see, self.derive(larger), self.factor)
+        return nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
 
     def see(self, coarse: torch.Tensor) -> torch.Tensor:
         """Return the logits of the reduced image."""

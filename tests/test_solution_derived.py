@@ -252,6 +252,65 @@ def test_a_network_sees_ranges_and_tophats_of_the_reduced_image(image):
         assert torch.allclose(merged(x), expected, atol=1e-3 * expected.abs().max().item())
 
 
+# --- Scales -------------------------------------------------------------------------------------------------
+
+
+def with_scales(*scales: float) -> CoarseUnet:
+    """Return a network that looks at its image in some scales; its weights are always the same."""
+    arch = {"name": "CoarseUnet", "args": {**ARCH, "ranges": [5]}}
+    network = solution.build_network({**arch, "args": {**arch["args"], "scales": scales}})
+    network.load_state_dict(random_network(arch).state_dict())
+    return network.eval()
+
+
+@pytest.mark.parametrize("size", [(60, 96), (105, 144), (83, 97)])
+def test_magnifying_is_bilinear_as_opencv_does_it(size):
+    x = torch.rand(2, 5, 40, 64) + 0.5
+    found = solution.magnify(x, size).permute(0, 2, 3, 1).numpy()
+    expected = [
+        cv2.resize(np.ascontiguousarray(image), size[::-1]) for image in x.permute(0, 2, 3, 1).numpy()
+    ]
+    assert found == pytest.approx(np.stack(expected), abs=1e-5)
+
+
+def test_nodata_stays_nodata_at_every_scale(image):
+    x = as_batch(image)
+    twice = solution.magnify(x, (140, 192))
+    assert torch.equal(twice == 0, (x == 0).repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.5), (1.25,), (1.0, 0.75, 1.3)])
+def test_probabilities_are_the_mean_of_those_at_each_scale(image, scales):
+    x = solution.pad_to_multiple(as_batch(image))
+    with torch.no_grad():
+        found = with_scales(*scales)(x).softmax(1)
+        expected = [with_scales(scale)(x).softmax(1) for scale in scales]
+    assert torch.allclose(found, torch.stack(expected).mean(0), atol=1e-5)
+
+
+def test_a_scale_is_the_network_on_a_resized_image(image):
+    x = solution.pad_to_multiple(as_batch(image))
+    height, width = x.shape[2:]
+    with torch.no_grad():
+        larger = with_scales(1.0)(solution.magnify(x, (height * 3 // 2, width * 3 // 2)))
+        expected = torch.nn.functional.interpolate(larger, (height, width), mode="bilinear")
+        assert torch.allclose(with_scales(1.5)(x), expected, atol=1e-4)
+
+
+def test_training_looks_at_the_first_scale_only(image):
+    x = solution.pad_to_multiple(as_batch(image))
+    network = with_scales(1.0, 1.5)
+    network.training = True  # of this module alone: its BatchNorms stay as they are
+    with torch.no_grad():
+        assert torch.equal(network(x), with_scales(1.0)(x))
+
+
+@pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -1.5)])
+def test_scales_that_are_none_are_refused(scales):
+    with pytest.raises(InputError, match="scales of CoarseUnet: found .*, expected one or more above 0"):
+        CoarseUnet(encoder_name="resnet18", encoder_weights=None, scales=scales)
+
+
 # --- In training --------------------------------------------------------------------------------------------
 
 
