@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import TINY_ARCH
+from support import NORMALIZATION, TINY_ARCH, stored_member
 from test_train_mixture import OTHER_ARCH, write_run
 from train_helpers import make_store
 
 from prep.store import TileStore
-from solution import decide_classes
+from solution import decide_classes, load_member, normalize
 from train import frontier
 from train.__main__ import main
 from train.calibrate import score
+from train.evaluate import predict_diagonals
 from train.fit import RunError
 from train.frontier import Candidate, Point
 from train.metrics import count_tile
-from train.pareto import Scores
+from train.pareto import Scores, open_runs
 from train.work import count_gmac
 
 
@@ -66,7 +67,7 @@ def test_a_table_a_plot_and_a_file_of_all_models(runs: list[Path], store: TileSt
     assert main(["pareto", *models, *files]) == 0
     points = json.loads(out.read_text())["points"]
     assert [(p["model"], p["views"]) for p in points] == [
-        (name, views) for name in ("teacher", "student", "both") for views in range(1, 7)
+        (name, views) for name in ("teacher", "student", "both") for views in range(1, 9)
     ]
     by_place = {(p["model"], p["views"]): p for p in points}
     work = {"teacher": count_gmac(TINY_ARCH), "student": count_gmac(OTHER_ARCH)}
@@ -75,8 +76,8 @@ def test_a_table_a_plot_and_a_file_of_all_models(runs: list[Path], store: TileSt
     assert by_place["both", 2]["seconds"] == pytest.approx(
         by_place["teacher", 2]["seconds"] + by_place["student", 2]["seconds"]
     )
-    assert by_place["teacher", 6]["difference"] == 0
-    assert by_place["both", 6]["scores"]["objective"] == pytest.approx(mixed_score(runs, store), abs=2e-3)
+    assert by_place["teacher", 8]["difference"] == 0
+    assert by_place["both", 8]["scores"]["objective"] == pytest.approx(mixed_score(runs, store), abs=2e-3)
     text = report.read_text()
     assert f"python -m train pareto teacher={teacher}" in text
     assert "| student | 1 | 3 |" in text and "The best under 160 GMAC" in text
@@ -88,7 +89,10 @@ def mixed_score(runs: list[Path], store: TileStore) -> float:
     tiles = []
     for row in store.tiles:
         teacher, student = (
-            np.load(run / "passes" / f"{row.tile_id}.npy").astype(np.float64).mean(axis=0) for run in runs
+            np.concatenate(
+                [np.load(run / folder / f"{row.tile_id}.npy") for folder in ("passes", "diagonals")]
+            ).mean(axis=0, dtype=np.float64)
+            for run in runs
         )
         classes = decide_classes(0.25 * teacher + 0.75 * student)
         tiles.append(count_tile(row.tile_id, 0, row.labels, store.mask(row.tile_id), classes))
@@ -105,8 +109,36 @@ def test_networks_that_need_north_above_are_asked_once(
     points = frontier.measure_points(frontier.read_candidates(models), store, jobs=1)
     by_place = {(point.model, point.views): point for point in points}
     assert ("north", 2) not in by_place
-    expected = 6 * count_gmac(TINY_ARCH) + count_gmac(OTHER_ARCH)
-    assert by_place["both", 6].gmac == pytest.approx(expected)
+    expected = 8 * count_gmac(TINY_ARCH) + count_gmac(OTHER_ARCH)
+    assert by_place["both", 8].gmac == pytest.approx(expected)
+
+
+def test_diagonals_are_what_the_network_says_of_mirrored_tiles(store: TileStore) -> None:
+    """By NumPy and the bare network, on an image that is no square."""
+    member = load_member(
+        {**stored_member(TINY_ARCH), "normalization": NORMALIZATION}, "test", torch.device("cpu")
+    )
+    image = np.random.default_rng(0).normal(1, 1, (64, 96, 5)).astype(np.float32)
+    found = predict_diagonals(member, image)
+    mirrors = (lambda a: a.swapaxes(-1, -2), lambda a: a[..., ::-1, ::-1].swapaxes(-1, -2))
+    x = normalize(image, NORMALIZATION)
+    for mirror, probs in zip(mirrors, found):
+        with torch.no_grad():
+            logits = member.network(torch.from_numpy(np.ascontiguousarray(mirror(x)))[None])
+        expected = mirror(logits.softmax(1)[0].numpy())
+        np.testing.assert_allclose(probs, expected, atol=1e-3)
+    assert found.shape == (2, 4, 64, 96) and np.abs(found[0] - found[1]).max() > 0.01
+
+
+def test_eight_views_are_the_six_and_both_diagonals(runs: list[Path], store: TileStore) -> None:
+    run, tile = open_runs(runs[:1], store)[0], store.tile_ids[0]
+    frontier.measure_points(frontier.read_candidates([f"teacher={runs[0]}"]), store, jobs=1)
+    means = frontier.means_of_all(run, 8, tile).astype(np.float32)
+    six = np.load(run.folder / "passes" / f"{tile}.npy").astype(np.float32)
+    both = np.load(run.folder / "diagonals" / f"{tile}.npy").astype(np.float32)
+    np.testing.assert_allclose(means[5], six.mean(axis=0), atol=1e-3)
+    np.testing.assert_allclose(means[7], np.concatenate([six, both]).mean(axis=0), atol=1e-3)
+    np.testing.assert_array_equal(frontier.means_of_all(run, 1, tile)[0], six[0].astype(np.float16))
 
 
 def test_front_and_the_best_within_limits() -> None:

@@ -322,7 +322,7 @@ def order_runs(arguments: argparse.Namespace) -> int:
 
 
 def compare_models(arguments: argparse.Namespace) -> int:
-    """Measure the score of models against their work, with one view to six."""
+    """Measure the score of models against their work, with one view to eight."""
     from prep.store import TileStore
     from solution import InputError, usable_cores
     from train import frontier

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from solution import (
 )
 from train.data import ALL_TILES, tile_normalization
 from train.files import (
+    DIAGONALS_FOLDER,
     FOLD_FILE,
     OOF_FOLDER,
     PASSES_FOLDER,
@@ -35,6 +36,8 @@ from train.files import (
     write_array,
 )
 from train.fit import FOLD_FORMAT, RunError
+
+HALF_TURN = 4  # number of the view turned by 180 degrees
 
 
 def read_fold(path: Path) -> dict:
@@ -79,11 +82,25 @@ def as_member(record: Mapping) -> Member:
 
 def predict_views(member: Member, image: np.ndarray, views: int = len(VIEWS)) -> np.ndarray:
     """Return the class probabilities of an image (H, W, 5) in the first views, (views, 4, H, W) float16."""
+    return predict_passes(member, image, range(views))
+
+
+def predict_passes(member: Member, image: np.ndarray, views: Iterable[int]) -> np.ndarray:
+    """Return the class probabilities of an image (H, W, 5) in these of VIEWS, (n, 4, H, W) float16."""
     device = next(iter(member.network.state_dict().values())).device
-    passes = tuple(Pass(0, number) for number in range(views))
+    passes = tuple(Pass(0, number) for number in views)
     model = Model((member,), passes, (0.0,) * len(CLASS_NAMES), Postprocess(), math.inf, device)
     maps = [ensemble_probabilities(model, image, (view,)).probs for view in passes]
     return np.stack(maps).astype(np.float16)
+
+
+def predict_diagonals(member: Member, image: np.ndarray) -> np.ndarray:
+    """Return the probabilities of an image (H, W, 5) mirrored along each diagonal, (2, 4, H, W) float16.
+
+    With VIEWS these are all eight ways to mirror and turn a square. Rows and columns swapped is the one; that
+    turned by half is the other.
+    """
+    return predict_passes(member, image.swapaxes(0, 1), (0, HALF_TURN)).swapaxes(2, 3)
 
 
 def scaled_for(member: Member, record: Mapping, image: np.ndarray) -> Member:
@@ -113,7 +130,37 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
     A tile whose files are newer than its fold's checkpoint is not predicted again.
     """
     run_dir = Path(run_dir)
-    for folder in (PASSES_FOLDER, OOF_FOLDER):
+
+    def predict(member: Member, record: Mapping, tile: str) -> None:
+        image = store.image(tile)
+        views = predict_views(scaled_for(member, record, image), image, usable_views(record))
+        passes = in_every_view(views)
+        write_array(run_dir / OOF_FOLDER / f"{tile}.npy", mean_of_views(passes))
+        write_array(_passes_file(run_dir, tile), passes)  # last: where it is fresh, so is the mean
+
+    _for_held_out_tiles(run_dir, (PASSES_FOLDER, OOF_FOLDER), predict)
+
+
+def predict_run_diagonally(run_dir: Path, store: TileStore) -> None:
+    """Write `diagonals/` of a run, what `predict_diagonals` returns, as `predict_run` writes `passes/`."""
+    run_dir = Path(run_dir)
+
+    def predict(member: Member, record: Mapping, tile: str) -> None:
+        image = store.image(tile)
+        passes = predict_diagonals(scaled_for(member, record, image), image)
+        write_array(run_dir / DIAGONALS_FOLDER / f"{tile}.npy", passes)
+
+    _for_held_out_tiles(run_dir, (DIAGONALS_FOLDER,), predict)
+
+
+def _for_held_out_tiles(
+    run_dir: Path, folders: Sequence[str], predict: Callable[[Member, Mapping, str], None]
+) -> None:
+    """Let `predict` write files named <tile>.npy into `folders`, with the network that never saw the tile.
+
+    Tiles whose file in the first of them is newer than the network are left alone.
+    """
+    for folder in folders:
         (run_dir / folder).mkdir(exist_ok=True)
     prepare_torch(usable_cores())
     records = read_folds(run_dir)
@@ -121,18 +168,13 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
         for record in records:
             checkpoint = fold_folder(run_dir, record["fold"]) / FOLD_FILE
             tiles = record["val_tiles"]
-            todo = [tile for tile in tiles if not is_fresh(_passes_file(run_dir, tile), checkpoint)]
+            todo = [tile for tile in tiles if not is_fresh(run_dir / folders[0] / f"{tile}.npy", checkpoint)]
             bar.update(len(tiles) - len(todo))
             if not todo:
                 continue
             member = as_member(record)
             for tile in todo:
-                image = store.image(tile)
-                passes = in_every_view(
-                    predict_views(scaled_for(member, record, image), image, usable_views(record))
-                )
-                write_array(run_dir / OOF_FOLDER / f"{tile}.npy", mean_of_views(passes))
-                write_array(_passes_file(run_dir, tile), passes)  # last: where it is fresh, so is the mean
+                predict(member, record, tile)
                 bar.update()
 
 

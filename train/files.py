@@ -17,6 +17,7 @@ HISTORY_FILE = "history.csv"  # a row an epoch
 
 # In the folder of the run.
 PASSES_FOLDER = "passes"  # <tile_id>.npy: (6, 4, H, W) float16, the probabilities of each view
+DIAGONALS_FOLDER = "diagonals"  # <tile_id>.npy: (2, 4, H, W) float16, those mirrored along each diagonal
 OOF_FOLDER = "oof"  # <tile_id>.npy: (4, H, W) float16, their mean
 RUN_FILE = "run.json"  # {"scheme": name of the fold scheme, ...}
 SCORES_FILE = "scores.json"

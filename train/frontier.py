@@ -10,23 +10,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
+import numpy as np
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 
 from prep.store import TileStore
 from solution import VIEWS, prepare_torch, usable_cores
 from train.calibrate import Run, score
-from train.evaluate import read_folds, usable_views
-from train.files import write_json, write_text
+from train.evaluate import load_passes, predict_run_diagonally, read_folds, usable_views
+from train.files import DIAGONALS_FOLDER, write_json, write_text
 from train.fit import RunError
 from train.limits import KNOWN_GMAC
 from train.metrics import TileCounts
 from train.mixture import (
     VIEW_ORDER,
     Mix,
+    Prediction,
     count_mix,
     error_of_difference,
-    load_prediction,
+    means_of_first,
     normalised,
     stored_size,
 )
@@ -44,6 +46,7 @@ from train.pareto import (
 from train.pictures import save_figure
 from train.text import markdown_table, mcc_text, plural
 
+DIAGONALS = 2  # views besides VIEWS, mirrored along a diagonal, measured here and not shipped
 SHIPPABLE_SIZE = 70e6  # bytes: what is committed to git stays below
 
 
@@ -113,7 +116,7 @@ def read_weight(text: str) -> tuple[str, float]:
 
 
 def measure_points(candidates: Sequence[Candidate], store: TileStore, jobs: int) -> list[Point]:
-    """Return a point for each model with each number of views, in VIEW_ORDER.
+    """Return a point for each model with each number of views, in VIEW_ORDER and then along the diagonals.
 
     Raises:
         RunError: a run is not finished or evaluated.
@@ -126,7 +129,9 @@ def measure_points(candidates: Sequence[Candidate], store: TileStore, jobs: int)
     for folder in folders:
         record = read_folds(folder)[0]
         costs[folder], sizes[folder] = measure_cost([record], image), stored_size(record)
-        most[folder] = usable_views(record)
+        most[folder] = usable_views(record) + (DIAGONALS if usable_views(record) == len(VIEWS) else 0)
+        if most[folder] > len(VIEWS):
+            predict_run_diagonally(folder, store)
     counts = count_candidates(candidates, runs, store, most, jobs)
     reference = counts[0][-1]
     points = []
@@ -172,8 +177,10 @@ def count_candidates(
         found = []
         for candidate in candidates:
             own = [runs[folder] for folder in candidate.folders]
-            prediction = load_prediction(own, store, labels, tile, stride=1)
             limits = [most[folder] for folder in candidate.folders]
+            means = [means_of_all(run, limit, tile) for run, limit in zip(own, limits)]
+            fold, codes = own[0].fold_of[tile], store.mask(tile)
+            prediction = Prediction(tile, fold, labels[tile], codes, tuple(means))
             mixes = [
                 Mix(candidate.weights, tuple(min(views, limit) for limit in limits))
                 for views in range(1, max(limits) + 1)
@@ -186,6 +193,14 @@ def count_candidates(
         [list(tiles) for tiles in zip(*(counts[model] for counts in by_tile))]
         for model in range(len(candidates))
     ]
+
+
+def means_of_all(run: Run, views: int, tile: str) -> np.ndarray:
+    """Return the mean of a tile's first view, of the first two, ..., (views, 4, H, W) float16."""
+    passes = load_passes(run.folder, tile)[list(VIEW_ORDER[:views])]
+    if views > len(passes):
+        passes = np.concatenate([passes, np.load(run.folder / DIAGONALS_FOLDER / f"{tile}.npy")])
+    return means_of_first(passes)
 
 
 def best_within(points: Sequence[Point], gmac: float, size: float) -> Point | None:
@@ -206,7 +221,8 @@ INTRODUCTION = """\
   seconds are those of this machine beside whatever else it did. *Time*: the seconds as a share of those of
   {reference} in all views.
 - **MB**: of the networks that are counted here, in float16. A model.pth may hold all folds of a run.
-- **Front**: nothing else here scores as much for less work. Views are taken in the order {views}."""
+- **Front**: nothing else here scores as much for less work. Views are taken in the order {views},
+  and mirrored along each diagonal; the latter two are measured only, model.pth has at most six."""
 
 
 def write_points(path: Path, points: Sequence[Point], candidates: Sequence[Candidate]) -> None:

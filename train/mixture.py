@@ -91,7 +91,7 @@ class Plan(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A tile's label codes (h, w) and, for each run, the means of its first views, (6, 4, h, w) float16."""
+    """A tile's label codes (h, w) and, for each run, means of its first views, (views, 4, h, w) float16."""
 
     tile_id: str
     fold: int
@@ -125,19 +125,18 @@ class Fitted(NamedTuple):
 def load_prediction(
     runs: Sequence[Run], store: TileStore, labels: Mapping[str, str], tile: str, stride: int
 ) -> Prediction:
-    """Return means over the first views of a tile, on every `stride`-th row and column."""
+    """Return means over the first views of a tile, in VIEW_ORDER, on every `stride`-th row and column."""
     means = tuple(
-        means_of_views(load_passes(run.folder, tile)[:, :, ::stride, ::stride].astype(np.float32))
-        for run in runs
+        means_of_first(load_passes(run.folder, tile)[list(VIEW_ORDER), :, ::stride, ::stride]) for run in runs
     )
     codes = store.mask(tile)[::stride, ::stride]
     return Prediction(tile, runs[0].fold_of[tile], labels[tile], codes, means)
 
 
-def means_of_views(passes: np.ndarray) -> np.ndarray:
-    """Return (6, 4, H, W) float16: the mean of the first, of the first two, ... in VIEW_ORDER."""
-    sums = np.cumsum(passes[list(VIEW_ORDER)], axis=0, dtype=np.float32)
-    return (sums / np.arange(1, len(VIEW_ORDER) + 1).reshape(-1, 1, 1, 1)).astype(np.float16)
+def means_of_first(passes: np.ndarray) -> np.ndarray:
+    """Return the mean of the first of (views, 4, H, W), of the first two, ..., in this shape, float16."""
+    sums = np.cumsum(passes, axis=0, dtype=np.float32)
+    return (sums / np.arange(1, len(passes) + 1).reshape(-1, 1, 1, 1)).astype(np.float16)
 
 
 def load_predictions(runs: Sequence[Run], store: TileStore, stride: int, jobs: int) -> list[Prediction]:
