@@ -19,11 +19,14 @@ from train.data import (
     EpochSampler,
     PixelSampler,
     Tile,
+    all_pairs,
     cut,
     cut_affine,
     flip_and_turn,
     jitter,
+    name_of,
     open_fold,
+    pair_of_folds,
     split_tiles,
 )
 
@@ -298,6 +301,25 @@ def test_worker_processes_give_the_same_crops():
 
 
 # --- folds --------------------------------------------------------------------------------------------------
+
+
+def test_pairs_hold_out_the_tiles_of_both_folds(tmp_path):
+    store = TileStore(make_store(tmp_path / "store", tiles=8, folds=4))
+    folds = store.fold_of("stratified")
+    numbers = all_pairs([0, 1, 2, 3])
+    assert len(numbers) == len(set(numbers)) == 6
+    held_out = []
+    for number in numbers:
+        train, val = split_tiles(store, "stratified", number)
+        assert sorted(train + val) == sorted(store.tile_ids) and not set(train) & set(val)
+        held_out.append({folds[tile] for tile in val})
+        assert len(held_out[-1]) == 2 and len(val) == 4
+        assert name_of(number) == "folds " + " and ".join(map(str, sorted(held_out[-1])))
+    assert len({frozenset(pair) for pair in held_out}) == 6
+    with pytest.raises(DataError, match="scheme 'stratified' has no fold 7; it has folds 0, 1, 2, 3"):
+        split_tiles(store, "stratified", pair_of_folds(2, 7))
+    with pytest.raises(DataError, match="fold 11: pairs are of folds 0 to 9"):
+        all_pairs([0, 11])
 
 
 def test_split_keeps_the_fold_out_and_names_unknown_folds(tmp_path):

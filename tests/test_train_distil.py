@@ -61,6 +61,33 @@ def test_a_run_that_saw_the_held_out_tiles_is_refused(teacher_run: Path) -> None
         distil.find_teachers([str(teacher_run)], ["000", "002"])
 
 
+def test_of_a_tile_only_those_teach_that_never_saw_it(store: TileStore, teacher_run: Path) -> None:
+    members = [(as_member(record), record) for record in read_folds(teacher_run)]
+    for tile, fold in store.fold_of("stratified").items():
+        assert [record["fold"] for _, record in distil.impartial(members, tile)] == [fold]
+    seen = [(member, {**record, "train_tiles": list(store.tile_ids)}) for member, record in members]
+    assert distil.impartial(seen, "000") == seen
+    assert distil.impartial(members, "scene-0") == members
+
+
+def test_networks_without_pairs_of_folds_teach_both_about_each_other(tmp_path: Path) -> None:
+    store = TileStore(make_store(tmp_path / "store", tiles=6, folds=3))
+    settings = [f"data.store={store.folder}", "train.epochs=1", "data.steps_per_epoch=1"]
+    run = tmp_path / "pairs"
+    assert main(["fit", "--config", str(SMOKE), "--run", str(run), "--pairs", *settings]) == 0
+    records = read_folds(run)
+    assert [record["fold"] for record in records] == [101, 102, 112]
+    fold_of = store.fold_of("stratified")
+    for fold in range(3):
+        held_out = [tile for tile, number in fold_of.items() if number == fold]
+        teachers = distil.find_teachers([str(run)], held_out)
+        assert len(teachers) == 2
+        members = [(as_member(teacher.record), teacher.record) for teacher in teachers]
+        for tile in set(fold_of) - set(held_out):
+            (chosen,) = distil.impartial(members, tile)
+            assert not {tile, *held_out} & set(chosen[1]["train_tiles"])
+
+
 def test_answers_are_the_mean_of_all_views_of_all_teachers(store: TileStore, teacher_run: Path) -> None:
     records, image = read_folds(teacher_run), store.image("000")
     found = distil.ask([(as_member(record), record) for record in records], image)

@@ -11,6 +11,7 @@ from train_helpers import make_store
 
 import solution
 from prep.store import TileStore
+from train.__main__ import main
 from train.config import ConfigError
 from train.evaluate import load_passes, predict_run, read_folds
 from train.pixels import (
@@ -187,3 +188,15 @@ def test_a_run_is_one_like_any_other_and_asked_in_one_view(tmp_path):
     passes = load_passes(tmp_path / "run", store.tile_ids[0])
     assert (passes == passes[:1]).all(), "further views bring nothing"
     assert -1 <= scores["pooled"]["valid_pixels"]["binary"]["mcc"] <= 1
+
+
+def test_pairs_of_folds_have_networks_that_saw_neither(tmp_path):
+    store = TileStore(make_store(tmp_path / "store", tiles=6, folds=3))
+    settings = [f"store={store.folder}", "pixels_per_tile=200", "epochs=1", "hidden=[8]"]
+    assert main(["pixels", "--run", str(tmp_path / "pairs"), "--pairs", *settings]) == 0
+    records = read_folds(tmp_path / "pairs")
+    fold_of = store.fold_of("stratified")
+    for record, pair in zip(records, ((0, 1), (0, 2), (1, 2)), strict=True):
+        assert {fold_of[tile] for tile in record["val_tiles"]} == set(pair)
+        assert not set(record["val_tiles"]) & set(record["train_tiles"])
+    assert not list((tmp_path / "pairs").glob("oof/*"))

@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 from train.submission import add_check_arguments, add_submission_arguments, run_check, run_submission
 
@@ -28,6 +28,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one network of all tiles (a student: of all teachers) for submission; it has no score",
     )
+    which.add_argument(
+        "--pairs",
+        action="store_true",
+        help="a network without each pair of folds, which teaches either about the other (docs/ensembles.md)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. optim.lr=3e-4")
 
 
@@ -49,16 +54,19 @@ def run_fit(arguments: argparse.Namespace) -> int:
     from train.side_by_side import fit_side_by_side
 
     if arguments.jobs is None:
-        fit_all(config, arguments.run, folds_of(arguments))
+        fit_all(config, arguments.run, folds_of(arguments, config))
     else:
-        fit_side_by_side(config, arguments.run, folds_of(arguments), arguments.jobs)
+        fit_side_by_side(config, arguments.run, folds_of(arguments, config), arguments.jobs)
     return 0
 
 
-def folds_of(arguments: argparse.Namespace) -> Optional[list[int]]:
+def folds_of(arguments: argparse.Namespace, config: Any) -> Optional[list[int]]:
     """Return the folds that `add_training_arguments` asks for, None for all."""
     from train.data import ALL_TILES
+    from train.fit import numbers_of_pairs
 
+    if arguments.pairs:
+        return numbers_of_pairs(config)
     return [ALL_TILES] if arguments.all_tiles else arguments.folds
 
 
@@ -84,7 +92,7 @@ def run_distil(arguments: argparse.Namespace) -> int:
 
     from train.distil import fit_students
 
-    fit_students(config, arguments.run, folds_of(arguments))
+    fit_students(config, arguments.run, folds_of(arguments, config))
     return 0
 
 
@@ -120,6 +128,27 @@ def run_soup(arguments: argparse.Namespace) -> int:
         f"have {', '.join(f'{value:.4f}' for value in folds)}: no out-of-fold score. Only tiles that no fold "
         "saw can give it one."
     )
+    return 0
+
+
+def add_rescale_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `rescale`."""
+    parser.add_argument("--run", type=Path, required=True, help="a finished run of CoarseUnet")
+    parser.add_argument(
+        "--scales",
+        type=lambda text: [float(scale) for scale in text.split(",")],
+        required=True,
+        help="how many times as large tiles are looked at, e.g. 1,1.5; probabilities are averaged",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the run that is made")
+
+
+def run_rescale(arguments: argparse.Namespace) -> int:
+    """Write a run of the same networks that are asked in other sizes of their tiles."""
+    from train.rescale import rescale_run
+
+    rescale_run(arguments.run, arguments.scales, arguments.out)
+    print(f"{arguments.out} written; score it with `python -m train evaluate --run {arguments.out}`")
     return 0
 
 
@@ -243,16 +272,22 @@ def add_pixels_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pixels`."""
     parser.add_argument("--config", type=Path, default=Path("train/configs/pixels.yaml"), help="YAML file")
     parser.add_argument("--run", type=Path, required=True, help="folder for the folds and their predictions")
+    parser.add_argument(
+        "--pairs", action="store_true", help="one without each pair of folds, to teach students"
+    )
     parser.add_argument("overrides", nargs="*", help="e.g. scheme=spatial epochs=4")
 
 
 def run_pixels(arguments: argparse.Namespace) -> int:
-    """Fit the folds of a network on single pixels, and score them."""
+    """Fit the folds of a network on single pixels, and score them; or those without a pair of folds."""
     from solution import usable_cores
-    from train.pixels import fit_run, load_pixel_config
+    from train.pixels import fit_pairs, fit_run, load_pixel_config
 
     config = load_pixel_config(arguments.config, arguments.overrides)
-    print_scores(arguments.run, fit_run(config, arguments.run, usable_cores()))
+    if arguments.pairs:
+        fit_pairs(config, arguments.run, usable_cores())
+    else:
+        print_scores(arguments.run, fit_run(config, arguments.run, usable_cores()))
     return 0
 
 
@@ -665,6 +700,7 @@ COMMANDS = {
     "fit": Command("train the folds of a tile store", add_fit_arguments, run_fit),
     "distil": Command("train students of finished runs", add_distil_arguments, run_distil),
     "adapt": Command("what adapting BatchNorm to tiles brings", add_adapt_arguments, run_adapt),
+    "rescale": Command("ask a finished run in other sizes of its tiles", add_rescale_arguments, run_rescale),
     "soup": Command("average the weights of networks", add_soup_arguments, run_soup),
     "evaluate": Command(
         "score the held-out tiles of a run, or any folder of masks", add_evaluate_arguments, run_evaluate

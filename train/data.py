@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import combinations
 from typing import Iterator, NamedTuple, Optional, Protocol, TypeVar
 
 import cv2
@@ -20,6 +21,7 @@ from train.hardware import process_number
 PERCENTILES = (2, 98)
 MIX_TRIES = 8  # draws after which a crop is mixed with one of its own tile
 ALL_TILES = -2  # the "fold" that holds out no tile
+FIRST_PAIR = 100  # "folds" from here on hold out two; see `pair_of_folds`
 UNCHANGED = {"mean": [0.0] * len(BANDS), "std": [1.0] * len(BANDS)}  # leaves physical units as they are
 IN_MEMORY_TILES = 256  # 3 GB; tiles of a larger training set are read when a crop is cut from them
 
@@ -62,20 +64,54 @@ class Crop(NamedTuple):
 def split_tiles(store: TileStore, scheme: str, fold: int) -> tuple[list[str], list[str]]:
     """Return the ids of the tiles to train on and of those to validate on, in the order of the store.
 
-    ALL_TILES holds out none. Raises DataError where the scheme has no such fold, or a side of the split has
-    no tile.
+    ALL_TILES holds out none, a pair (`pair_of_folds`) the tiles of both its folds. Raises DataError where the
+    scheme has no such fold, or a side of the split has no tile.
     """
     fold_of = store.fold_of(scheme)
     if fold == ALL_TILES:
         return list(store.tile_ids), []
-    train = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] != fold]
-    val = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] == fold]
-    if not val:
-        known = ", ".join(str(number) for number in sorted(set(fold_of.values())))
-        raise DataError(f"{store.folder}: scheme '{scheme}' has no fold {fold}; it has folds {known}")
+    for number in folds_of(fold):
+        if number not in fold_of.values():
+            known = ", ".join(str(number) for number in sorted(set(fold_of.values())))
+            raise DataError(f"{store.folder}: scheme '{scheme}' has no fold {number}; it has folds {known}")
+    train = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] not in folds_of(fold)]
+    val = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] in folds_of(fold)]
     if not train:
-        raise DataError(f"{store.folder}: fold {fold} of scheme '{scheme}' holds every tile, none is left")
+        held_out = " and ".join(map(str, folds_of(fold)))
+        raise DataError(
+            f"{store.folder}: fold {held_out} of scheme '{scheme}' holds every tile, none is left"
+        )
     return train, val
+
+
+def pair_of_folds(first: int, second: int) -> int:
+    """Return the number of the "fold" that holds out the tiles of two folds, both below 10.
+
+    A network of it teaches a student of either fold what it says of the other, which it never saw as well.
+    """
+    return FIRST_PAIR + 10 * first + second
+
+
+def folds_of(fold: int) -> tuple[int, ...]:
+    """Return the folds whose tiles a number holds out: itself, or both of a pair."""
+    return divmod(fold - FIRST_PAIR, 10) if fold >= FIRST_PAIR else (fold,)
+
+
+def name_of(fold: int) -> str:
+    """Return what a fold is called in what is printed."""
+    if fold == ALL_TILES:
+        return "all tiles"
+    return f"folds {' and '.join(map(str, folds_of(fold)))}" if fold >= FIRST_PAIR else f"fold {fold}"
+
+
+def all_pairs(folds: Sequence[int]) -> list[int]:
+    """Return the numbers of all pairs of these folds.
+
+    Raises DataError where one of them is no single digit.
+    """
+    if max(folds, default=0) > 9:
+        raise DataError(f"fold {max(folds)}: pairs are of folds 0 to 9; use a scheme of ten folds or fewer")
+    return [pair_of_folds(first, second) for first, second in combinations(sorted(folds), 2)]
 
 
 def tile_normalization(image: np.ndarray, scaling: str, normalization: dict) -> dict:

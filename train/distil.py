@@ -6,7 +6,9 @@ is temperature^2 times the Kullback-Leibler divergence of the student from its t
 temperature (Hinton et al. 2015, arXiv 1503.02531), besides the loss on the labels.
 
 A network teaches a fold only if it never saw a tile that the fold holds out, so that the student's score on
-them is as honest as its teachers'. A student of all tiles learns from all networks and has no score.
+them is as honest as its teachers'. A student of all tiles learns from all networks and has no score. About a
+tile only those are asked that were not trained on it, where there are any: `python -m train fit --pairs`
+makes networks that saw neither the tiles of a student's fold nor those of another one.
 """
 
 from __future__ import annotations
@@ -258,8 +260,17 @@ def collect_answers(teachers: Sequence[Teacher], images: Images, folder: Path) -
     todo = [name for name, path in paths.items() if not path.is_file()]
     members = [(as_member(teacher.record), teacher.record) for teacher in (teachers if todo else ())]
     for name in tqdm(todo, desc=f"{len(members)} teachers", unit="tile", disable=not todo):
-        write_array(paths[name], ask(members, images.read(name)))
+        write_array(paths[name], ask(impartial(members, name), images.read(name)))
     return Answers(list(paths.values()))
+
+
+def impartial(members: Sequence[tuple[Member, dict]], tile: str) -> list[tuple[Member, dict]]:
+    """Return the teachers that were not trained on a tile, all of them where there is none.
+
+    One that was repeats the label, of which the student knows already; one that was not tells what can be
+    known of it (cross-fitting).
+    """
+    return [one for one in members if tile not in one[1]["train_tiles"]] or list(members)
 
 
 def require_same_teachers(teachers: Sequence[Teacher], config: Config, folder: Path) -> None:

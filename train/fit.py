@@ -25,7 +25,7 @@ from prep.labels import CODE_NAMES
 from prep.store import TileStore, name_some
 from solution import CLASS_NAMES, VIEWS, DerivedInputs, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
-from train.data import ALL_TILES, FoldData, open_fold
+from train.data import ALL_TILES, FoldData, all_pairs, name_of, open_fold
 from train.files import (
     CONFIG_FILE,
     FOLD_FILE,
@@ -96,6 +96,11 @@ def numbers_of_folds(config: Config) -> list[int]:
     """Return the numbers of all folds of the config's scheme."""
     numbers = set(TileStore(config.data.store).fold_of(config.data.scheme).values())
     return sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
+
+
+def numbers_of_pairs(config: Config) -> list[int]:
+    """Return the numbers of all pairs of the scheme's folds; see `train.data.pair_of_folds`."""
+    return all_pairs(numbers_of_folds(config))
 
 
 def fit_fold(
@@ -469,11 +474,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         name: str(module.__version__) for name, module in modules.items()
     }
-
-
-def name_of(fold: int) -> str:
-    """Return what a fold is called in what is printed."""
-    return "all tiles" if fold == ALL_TILES else f"fold {fold}"
 
 
 def describe_fold(fold: int, data: FoldData) -> str:

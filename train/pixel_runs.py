@@ -65,13 +65,14 @@ def score_and_save(run_dir: Path, records: Sequence[Mapping], store: TileStore) 
     """Score a predicted run, write each fold with its scores, and return what `score_run` does."""
     scores = score_run(run_dir, store)
     for record in records:
-        _save(run_dir, {**record, **_mcc_of(scores["folds"].get(str(record["fold"])))})
+        save_fold(run_dir, {**record, **_mcc_of(scores["folds"].get(str(record["fold"])))})
     return scores
 
 
-def _save(run_dir: Path, record: Mapping) -> None:
+def save_fold(run_dir: Path, record: Mapping) -> None:
+    """Write the record of a fold into its folder, made where missing."""
     folder = fold_folder(run_dir, record["fold"])
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / FOLD_FILE, lambda path: torch.save(dict(record), path))
 
 

@@ -32,9 +32,9 @@ from solution import (
     valid_mask,
 )
 from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from train.data import ALL_TILES, as_clean, split_tiles
+from train.data import ALL_TILES, all_pairs, as_clean, name_of, split_tiles
 from train.files import OOF_FOLDER, RUN_FILE, write_json
-from train.pixel_runs import fold_record, predict_held_out, score_and_save
+from train.pixel_runs import fold_record, predict_held_out, save_fold, score_and_save
 
 LEAST_STD = 1e-6  # of a feature that is the same everywhere
 
@@ -183,17 +183,33 @@ def fit_run(config: PixelConfig, run_dir: Path, threads: int) -> dict:
     Writes `fold<k>/fold.pt`, for the last one with k = ALL_TILES, and the out-of-fold predictions. Raises
     `prep.store.StoreError` where the store is incomplete or has no such scheme.
     """
-    prepare_torch(threads)
     store = TileStore(config.store)
-    folds = sorted({fold for fold in store.fold_of(config.scheme).values() if fold >= 0})
     (run_dir / OOF_FOLDER).mkdir(parents=True, exist_ok=True)
     about = {"model": "PixelNet", "scheme": config.scheme, "seed": config.seed}
     write_json(run_dir / RUN_FILE, about)
-    drawn = draw_store(store, config)
-    records = [fit_fold(config, store, drawn, fold) for fold in (*folds, ALL_TILES)]
+    records = fit_folds(config, store, [*folds_of_scheme(config, store), ALL_TILES], threads)
     for record in records:
         predict_held_out(run_dir, record, store)
     return score_and_save(run_dir, records, store)
+
+
+def fit_pairs(config: PixelConfig, run_dir: Path, threads: int) -> None:
+    """Fit a network without each pair of folds, `fold<its number>/fold.pt`: teachers, without scores."""
+    store = TileStore(config.store)
+    for record in fit_folds(config, store, all_pairs(folds_of_scheme(config, store)), threads):
+        save_fold(run_dir, {**record, "val_mcc": math.nan, "val_mcc4": math.nan})
+
+
+def folds_of_scheme(config: PixelConfig, store: TileStore) -> list[int]:
+    """Return the numbers of the folds that hold tiles out."""
+    return sorted({fold for fold in store.fold_of(config.scheme).values() if fold >= 0})
+
+
+def fit_folds(config: PixelConfig, store: TileStore, folds: Sequence[int], threads: int) -> list[dict]:
+    """Return the records of some folds, but for their scores."""
+    prepare_torch(threads)
+    drawn = draw_store(store, config)
+    return [fit_fold(config, store, drawn, fold) for fold in folds]
 
 
 def fit_fold(config: PixelConfig, store: TileStore, drawn: Mapping[str, Pixels], fold: int) -> dict:
@@ -202,7 +218,7 @@ def fit_fold(config: PixelConfig, store: TileStore, drawn: Mapping[str, Pixels],
     train, val = split_tiles(store, config.scheme, fold)
     network = fit_network([drawn[tile] for tile in train], config)
     seconds = time.monotonic() - started
-    name = "all tiles" if fold == ALL_TILES else f"fold {fold}"
+    name = name_of(fold)
     print(f"PixelNet, {config.scheme}, {name}: {len(train)} tiles, {seconds:.0f} s", flush=True)
     record = fold_record(as_config(config), fold, network, train, val, seconds)
     settings = OmegaConf.to_container(OmegaConf.structured(config))

@@ -270,16 +270,16 @@ def extent_mcc(counts: Sequence[TileCounts]) -> float:
     return score_tiles(counts)["valid_pixels"]["binary"]["mcc"]
 
 
-def write_record(out: Path, record: dict) -> None:
-    """Write a fold.pt and its config into the run `out`; what is there of an earlier soup is replaced.
+def write_record(out: Path, record: dict, mark: str = "soup") -> None:
+    """Write a fold.pt and its config into the run `out`; one with the same `mark`, a key, is replaced.
 
     Raises:
-        RunError: the fold there is no soup.
+        RunError: the fold there was not made so.
     """
     folder = fold_folder(out, record["fold"])
     path = folder / FOLD_FILE
-    if path.is_file() and "soup" not in torch.load(path, map_location="cpu", weights_only=True):
-        raise RunError(f"{path}: is a trained network, no soup; name another folder with --out")
+    if path.is_file() and mark not in torch.load(path, map_location="cpu", weights_only=True):
+        raise RunError(f"{path}: is a trained network, no {mark}; name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     config = from_dict(copy.deepcopy(dict(record["config"])), "config of the first run")
     if arch_of(config) != record["arch"]:
