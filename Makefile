@@ -15,13 +15,14 @@ WEIGHTS ?= weights/model.pth
 SET ?=
 SEED ?= 0
 ONLY ?=
-TEACHERS ?= runs/imagenet-$(SCHEME)
-STUDENT ?= runs/student-$(SCHEME)
+PAIRS ?= runs/directional0-$(SCHEME)-pairs runs/pixels0-$(SCHEME)-pairs
+TEACHERS ?= $(PAIRS) $(UNETS:%=runs/%-$(SCHEME)) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))
+STUDENT ?= runs/student0-$(SCHEME)
 RUNS ?=
 MAX_MB ?= 300
 MAX_GMAC ?= 160
 NETWORKS ?=
-UNETS ?= imagenet0 directional0 directional1
+UNETS ?= imagenet0 directional0 directional1 attentive0
 PIXEL_SEEDS ?= 0 1 2
 OOF ?=
 MODELS ?=
@@ -53,7 +54,7 @@ DEMO := data/demo
 	predict preview score export \
 	prep fit evaluate calibrate pareto train-all \
 	check grader-check bench submission \
-	baseline pixels unets train-mixed report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
+	baseline pixels unets pairs train-mixed report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
 	test test-slow lint coverage fuzz audit reference lock clean
 
 help: ## list the targets
@@ -158,9 +159,15 @@ unets: prep ## the U-Nets UNETS, <config><seed>, on the same folds and once on a
 		$(PY) -m train fit $$given --jobs $(or $(JOBS),2) && $(PY) -m train fit $$given --all-tiles && \
 		$(PY) -m train evaluate --run $$run --store $(STORE) || exit 1; done
 
-train-mixed: unets pixels ## how the shipped WEIGHTS are made (SCHEME=spatial): U-Nets and networks on pixels, weighed
+pairs: prep ## teachers that saw neither the tiles of a student's fold nor those of another: a U-Net and one on pixels
+	$(PY) -m train fit --config train/configs/directional.yaml --run runs/directional0-$(SCHEME)-pairs --pairs \
+		--jobs $(or $(JOBS),2) data.store=$(STORE) data.scheme=$(SCHEME) train.epochs=4
+	$(PY) -m train pixels --run runs/pixels0-$(SCHEME)-pairs --pairs store=$(STORE) scheme=$(SCHEME)
+
+train-mixed: unets pixels pairs ## how the shipped WEIGHTS are made (SCHEME=spatial): U-Nets, a student, networks on pixels, weighed
+	@$(MAKE) --no-print-directory distill
 	@$(MAKE) --no-print-directory mix MAX_MB=70 CALIBRATION= OOF=runs/mixed-$(SCHEME) \
-		RUNS="$(UNETS:%=runs/%-$(SCHEME)) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))"
+		RUNS="$(STUDENT) $(UNETS:%=runs/%-$(SCHEME)) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))"
 
 report: setup ## compare U-Net and baseline on both kinds of folds: reports/, and reports/index.html with all tiles
 	@for scheme in stratified spatial; do \
@@ -178,9 +185,10 @@ ablate: prep ## train the trials of ABLATIONS side by side and tabulate what eac
 	$(PY) -m train ablate --set $(ABLATIONS) --run runs/ablate --report reports/ablations.md --store $(STORE) \
 		--seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(SET),--override $(SET))
 
-distill: setup ## students of the runs TEACHERS, fold by fold, into STUDENT, and their scores; SET= changes the student
-	$(PY) -m train distil --config train/configs/distil.yaml --run $(STUDENT) \
-		$(foreach run,$(TEACHERS),--teacher $(run)) data.store=$(STORE) data.scheme=$(SCHEME) $(SET)
+distill: setup ## students of the runs TEACHERS, fold by fold and of all tiles, into STUDENT, and their scores; SET= changes the student
+	@for which in "" --all-tiles; do \
+		$(PY) -m train distil --config train/configs/distil.yaml --run $(STUDENT) $$which \
+			$(foreach run,$(TEACHERS),--teacher $(run)) data.store=$(STORE) data.scheme=$(SCHEME) $(SET) || exit 1; done
 	$(PY) -m train evaluate --run $(STUDENT) --store $(STORE)
 
 mix: setup ## WEIGHTS of the evaluated runs RUNS, weighed against each other, within MAX_MB and MAX_GMAC

@@ -200,3 +200,8 @@ def test_pairs_of_folds_have_networks_that_saw_neither(tmp_path):
         assert {fold_of[tile] for tile in record["val_tiles"]} == set(pair)
         assert not set(record["val_tiles"]) & set(record["train_tiles"])
     assert not list((tmp_path / "pairs").glob("oof/*"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pairs").glob("fold*/fold.pt")}
+    assert main(["pixels", "--run", str(tmp_path / "pairs"), "--pairs", *settings]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert main(["pixels", "--run", str(tmp_path / "pairs"), "--pairs", *settings, "seed=1"]) == 0
+    assert all(path.stat().st_mtime_ns > changed for path, changed in before.items())

@@ -33,7 +33,8 @@ from solution import (
 )
 from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from train.data import ALL_TILES, all_pairs, as_clean, name_of, split_tiles
-from train.files import OOF_FOLDER, RUN_FILE, write_json
+from train.evaluate import read_fold
+from train.files import FOLD_FILE, OOF_FOLDER, RUN_FILE, fold_folder, write_json
 from train.pixel_runs import fold_record, predict_held_out, save_fold, score_and_save
 
 LEAST_STD = 1e-6  # of a feature that is the same everywhere
@@ -194,10 +195,27 @@ def fit_run(config: PixelConfig, run_dir: Path, threads: int) -> dict:
 
 
 def fit_pairs(config: PixelConfig, run_dir: Path, threads: int) -> None:
-    """Fit a network without each pair of folds, `fold<its number>/fold.pt`: teachers, without scores."""
+    """Fit a network without each pair of folds, `fold<its number>/fold.pt`: teachers, without scores.
+
+    Those that are there with these settings are not fitted again.
+    """
     store = TileStore(config.store)
-    for record in fit_folds(config, store, all_pairs(folds_of_scheme(config, store)), threads):
+    pairs = all_pairs(folds_of_scheme(config, store))
+    todo = [pair for pair in pairs if not is_finished(run_dir, pair, config)]
+    print(f"{run_dir}: {len(pairs) - len(todo)} of {len(pairs)} pairs of folds are finished", flush=True)
+    for record in fit_folds(config, store, todo, threads):
         save_fold(run_dir, {**record, "val_mcc": math.nan, "val_mcc4": math.nan})
+
+
+def is_finished(run_dir: Path, fold: int, config: PixelConfig) -> bool:
+    """Return whether the run has a network of this fold and these settings."""
+    path = fold_folder(run_dir, fold) / FOLD_FILE
+    return path.is_file() and read_fold(path)["config"].get("pixels") == as_dict(config)
+
+
+def as_dict(config: PixelConfig) -> Any:
+    """Return the settings as plain containers."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
 
 
 def folds_of_scheme(config: PixelConfig, store: TileStore) -> list[int]:
@@ -208,7 +226,7 @@ def folds_of_scheme(config: PixelConfig, store: TileStore) -> list[int]:
 def fit_folds(config: PixelConfig, store: TileStore, folds: Sequence[int], threads: int) -> list[dict]:
     """Return the records of some folds, but for their scores."""
     prepare_torch(threads)
-    drawn = draw_store(store, config)
+    drawn = draw_store(store, config) if folds else {}
     return [fit_fold(config, store, drawn, fold) for fold in folds]
 
 
@@ -221,8 +239,7 @@ def fit_fold(config: PixelConfig, store: TileStore, drawn: Mapping[str, Pixels],
     name = name_of(fold)
     print(f"PixelNet, {config.scheme}, {name}: {len(train)} tiles, {seconds:.0f} s", flush=True)
     record = fold_record(as_config(config), fold, network, train, val, seconds)
-    settings = OmegaConf.to_container(OmegaConf.structured(config))
-    return {**record, "config": {**record["config"], "pixels": settings}}
+    return {**record, "config": {**record["config"], "pixels": as_dict(config)}}
 
 
 def as_config(config: PixelConfig) -> Config:
