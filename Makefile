@@ -15,14 +15,13 @@ WEIGHTS ?= weights/model.pth
 SET ?=
 SEED ?= 0
 ONLY ?=
-PAIRS ?= runs/directional0-$(SCHEME)-pairs runs/pixels0-$(SCHEME)-pairs
-TEACHERS ?= $(PAIRS) $(UNETS:%=runs/%-$(SCHEME)) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))
-STUDENT ?= runs/student0-$(SCHEME)
+TEACHERS ?= $(UNETS:%=runs/%-$(SCHEME)) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))
+STUDENT ?= runs/student-$(SCHEME)
 RUNS ?=
 MAX_MB ?= 300
 MAX_GMAC ?= 160
 NETWORKS ?=
-UNETS ?= imagenet0 directional0 directional1 attentive0
+UNETS ?= imagenet0 directional0 directional1
 PIXEL_SEEDS ?= 0 1 2
 OOF ?=
 MODELS ?=
@@ -164,10 +163,9 @@ pairs: prep ## teachers that saw neither the tiles of a student's fold nor those
 		--jobs $(or $(JOBS),2) data.store=$(STORE) data.scheme=$(SCHEME) train.epochs=4
 	$(PY) -m train pixels --run runs/pixels0-$(SCHEME)-pairs --pairs store=$(STORE) scheme=$(SCHEME)
 
-train-mixed: unets pixels pairs ## how the shipped WEIGHTS are made (SCHEME=spatial): U-Nets, a student, networks on pixels, weighed
-	@$(MAKE) --no-print-directory distill
+train-mixed: unets pixels ## how the shipped WEIGHTS are made (SCHEME=spatial): U-Nets and networks on pixels, weighed
 	@$(MAKE) --no-print-directory mix MAX_MB=70 CALIBRATION= OOF=runs/mixed-$(SCHEME) \
-		RUNS="$(STUDENT) $(UNETS:%=runs/%-$(SCHEME)) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))"
+		RUNS="$(UNETS:%=runs/%-$(SCHEME)) $(PIXEL_SEEDS:%=runs/pixels%-$(SCHEME))"
 
 report: setup ## compare U-Net and baseline on both kinds of folds: reports/, and reports/index.html with all tiles
 	@for scheme in stratified spatial; do \

@@ -340,4 +340,4 @@ def test_fit_and_distil_refuse_each_others_configs(
 
 def test_the_shipped_config_is_valid() -> None:
     config = load_config(CONFIGS / "distil.yaml")
-    assert config.distil.shares == [1.0, 0.0, 0.0] and config.train.keep == "last"
+    assert config.distil.shares[2] > 0 and config.train.keep == "last"
