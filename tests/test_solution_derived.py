@@ -257,9 +257,9 @@ def test_a_network_sees_ranges_and_tophats_of_the_reduced_image(image):
 
 def with_scales(*scales: float) -> CoarseUnet:
     """Return a network that looks at its image in some scales; its weights are always the same."""
-    arch = {"name": "CoarseUnet", "args": {**ARCH, "ranges": [5]}}
-    network = solution.build_network({**arch, "args": {**arch["args"], "scales": scales}})
-    network.load_state_dict(random_network(arch).state_dict())
+    args = {**ARCH, "ranges": [5]}
+    network = solution.build_network({"name": "CoarseUnet", "args": {**args, "scales": scales}})
+    network.load_state_dict(random_network({"name": "CoarseUnet", "args": args}).state_dict())
     return network.eval()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import write_tile
-from train_helpers import make_store
+from train_helpers import SMOKE, fit_smoke, make_store
 
 import solution
 from prep.labels import IGNORE
@@ -23,7 +23,6 @@ from train.files import FOLD_FILE
 from train.fit import RunError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "train" / "configs"
-SMOKE = CONFIGS / "smoke.yaml"
 STILL = AugmentConfig(gain=0.0, offset=0.0, illumination=0.0)
 
 
@@ -35,9 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
 @pytest.fixture(scope="module")
 def teacher_run(store: TileStore) -> Path:
     """Return a finished run of two folds."""
-    run = store.folder.parent / "teacher"
-    assert main(["fit", "--config", str(SMOKE), "--run", str(run), f"data.store={store.folder}"]) == 0
-    return run
+    return fit_smoke(store.folder, store.folder.parent / "teacher")
 
 
 def student_config(store: TileStore, teacher_run: Path, *overrides: str) -> Config:
@@ -72,9 +69,8 @@ def test_of_a_tile_only_those_teach_that_never_saw_it(store: TileStore, teacher_
 
 def test_networks_without_pairs_of_folds_teach_both_about_each_other(tmp_path: Path) -> None:
     store = TileStore(make_store(tmp_path / "store", tiles=6, folds=3))
-    settings = [f"data.store={store.folder}", "train.epochs=1", "data.steps_per_epoch=1"]
-    run = tmp_path / "pairs"
-    assert main(["fit", "--config", str(SMOKE), "--run", str(run), "--pairs", *settings]) == 0
+    settings = ["train.epochs=1", "data.steps_per_epoch=1"]
+    run = fit_smoke(store.folder, tmp_path / "pairs", "--pairs", *settings)
     records = read_folds(run)
     assert [record["fold"] for record in records] == [101, 102, 112]
     fold_of = store.fold_of("stratified")

@@ -5,13 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_helpers import make_store
+from train_helpers import fit_smoke, make_store
 
 from prep.store import TileStore
 from train.__main__ import main
 from train.evaluate import as_member, predict_views, read_folds
-
-SMOKE = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +20,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
 @pytest.fixture(scope="module")
 def run(store: TileStore) -> Path:
     """Return a finished run of two folds of a CoarseUnet."""
-    folder = store.folder.parent / "run"
-    settings = [f"data.store={store.folder}", "train.epochs=1", "data.steps_per_epoch=2"]
-    settings += ["model.name=CoarseUnet"]
-    assert main(["fit", "--config", str(SMOKE), "--run", str(folder), *settings]) == 0
-    return folder
+    settings = ["model.name=CoarseUnet", "train.epochs=1", "data.steps_per_epoch=2"]
+    return fit_smoke(store.folder, store.folder.parent / "run", *settings)
 
 
 def test_it_is_the_mean_of_the_run_in_each_scale(store: TileStore, run: Path, tmp_path: Path) -> None:

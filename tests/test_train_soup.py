@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import TINY_ARCH, random_network
 from torch import nn
-from train_helpers import make_store
+from train_helpers import fit_smoke, make_store
 
 from prep.store import TileStore
 from train import soup
@@ -15,8 +15,6 @@ from train.__main__ import main
 from train.data import ALL_TILES
 from train.evaluate import read_folds
 from train.fit import RunError
-
-SMOKE = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +25,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
 @pytest.fixture(scope="module")
 def runs(store: TileStore) -> list[Path]:
     """Return finished runs of two folds with two seeds."""
-    folders = [store.folder.parent / f"seed{seed}" for seed in (0, 1)]
-    for seed, run in enumerate(folders):
-        settings = [f"data.store={store.folder}", f"train.seed={seed}", "train.epochs=1"]
-        assert main(["fit", "--config", str(SMOKE), "--run", str(run), *settings]) == 0
-    return folders
+    root = store.folder.parent
+    return [
+        fit_smoke(store.folder, root / f"seed{seed}", f"train.seed={seed}", "train.epochs=1")
+        for seed in (0, 1)
+    ]
 
 
 def test_an_average_is_the_mean_of_all_weights_and_keeps_counters() -> None:

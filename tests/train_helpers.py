@@ -7,6 +7,9 @@ import numpy as np
 from prep import store as tile_store
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, count_codes
 from prep.stats import band_statistics, describe
+from train.__main__ import main
+
+SMOKE = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
 
 # Mean of each class in the five bands: reflectance x 4, kelvin.
 CLASS_MEANS = np.array(
@@ -39,6 +42,19 @@ def make_tile(seed: int, size: int = 96, labels: str = "phase2") -> tuple[np.nda
         mask[np.isin(mask, (1, 2))] = GLACIER_OR_DEBRIS
         mask[mask == 3] = 0
     return image.astype(np.float32), mask
+
+
+def fit_smoke(store: Path, run: Path, *arguments: str) -> Path:
+    """Train the smoke config on a store into the folder `run`, and return that.
+
+    Args:
+        store: folder of the tile store.
+        run: folder of the run.
+        arguments: further ones of `python -m train fit`: options, then settings.
+    """
+    command = ["fit", "--config", str(SMOKE), "--run", str(run), *arguments, f"data.store={store}"]
+    assert main(command) == 0
+    return run
 
 
 def make_store(folder: Path, tiles: int = 4, folds: int = 2, size: int = 96) -> Path:

@@ -4,9 +4,12 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Sequence
 
 from train.submission import add_check_arguments, add_submission_arguments, run_check, run_submission
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 
 class Command(NamedTuple):
@@ -54,13 +57,13 @@ def run_fit(arguments: argparse.Namespace) -> int:
     from train.side_by_side import fit_side_by_side
 
     if arguments.jobs is None:
-        fit_all(config, arguments.run, folds_of(arguments, config))
+        fit_all(config, arguments.run, asked_folds(arguments, config))
     else:
-        fit_side_by_side(config, arguments.run, folds_of(arguments, config), arguments.jobs)
+        fit_side_by_side(config, arguments.run, asked_folds(arguments, config), arguments.jobs)
     return 0
 
 
-def folds_of(arguments: argparse.Namespace, config: Any) -> Optional[list[int]]:
+def asked_folds(arguments: argparse.Namespace, config: "Config") -> Optional[list[int]]:
     """Return the folds that `add_training_arguments` asks for, None for all."""
     from train.data import ALL_TILES
     from train.fit import numbers_of_pairs
@@ -92,7 +95,7 @@ def run_distil(arguments: argparse.Namespace) -> int:
 
     from train.distil import fit_students
 
-    fit_students(config, arguments.run, folds_of(arguments, config))
+    fit_students(config, arguments.run, asked_folds(arguments, config))
     return 0
 
 
@@ -136,7 +139,7 @@ def add_rescale_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, required=True, help="a finished run of CoarseUnet")
     parser.add_argument(
         "--scales",
-        type=lambda text: [float(scale) for scale in text.split(",")],
+        type=numbers,
         required=True,
         help="how many times as large tiles are looked at, e.g. 1,1.5; probabilities are averaged",
     )
@@ -157,7 +160,7 @@ def add_adapt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="runs with finished folds")
     parser.add_argument(
         "--shares",
-        type=lambda text: [float(share) for share in text.split(",")],
+        type=numbers,
         default=[0.15, 0.3, 0.5, 1.0],
         help="of the tile's own statistics (default: 0.15,0.3,0.5,1)",
     )
@@ -673,6 +676,11 @@ def run_grader_check(arguments: argparse.Namespace) -> int:
 def whole_numbers(text: str) -> list[int]:
     """Return the numbers in text such as "0,1,2"."""
     return [int(number) for number in text.split(",")]
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers in text such as "1,1.5"."""
+    return [float(number) for number in text.split(",")]
 
 
 def add_benefit_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,7 @@ from train.config import (
     parse_override,
     save_config,
 )
+from train.data import folds_of_scheme
 from train.evaluate import (
     as_member,
     mean_of_views,
@@ -563,8 +564,7 @@ def _scheme(request: Request) -> str:
 
 
 def _folds(store: TileStore, scheme: str, wanted: Optional[Sequence[int]]) -> list[int]:
-    numbers = set(store.fold_of(scheme).values())
-    known = sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
+    known = folds_of_scheme(store, scheme)
     unknown = sorted(set(wanted or ()) - set(known))
     if unknown:
         raise ConfigError(f"--folds: {scheme} has no fold {unknown[0]}; it has {', '.join(map(str, known))}")

@@ -215,8 +215,8 @@ def save_config(config: Config, path: Union[str, Path]) -> None:
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
 
-def to_dict(config: Config) -> dict:
-    """Return the config as plain nested dicts, lists, numbers and strings."""
+def to_dict(config: object) -> dict:
+    """Return a `Config`, or another dataclass of settings, as plain dicts, lists, numbers and strings."""
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(settings, dict)
     return settings

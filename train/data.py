@@ -67,21 +67,25 @@ def split_tiles(store: TileStore, scheme: str, fold: int) -> tuple[list[str], li
     ALL_TILES holds out none, a pair (`pair_of_folds`) the tiles of both its folds. Raises DataError where the
     scheme has no such fold, or a side of the split has no tile.
     """
-    fold_of = store.fold_of(scheme)
+    fold_of, held_out = store.fold_of(scheme), held_out_folds(fold)
     if fold == ALL_TILES:
         return list(store.tile_ids), []
-    for number in folds_of(fold):
+    for number in held_out:
         if number not in fold_of.values():
             known = ", ".join(str(number) for number in sorted(set(fold_of.values())))
             raise DataError(f"{store.folder}: scheme '{scheme}' has no fold {number}; it has folds {known}")
-    train = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] not in folds_of(fold)]
-    val = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] in folds_of(fold)]
+    train = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] not in held_out]
+    val = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] in held_out]
     if not train:
-        held_out = " and ".join(map(str, folds_of(fold)))
-        raise DataError(
-            f"{store.folder}: fold {held_out} of scheme '{scheme}' holds every tile, none is left"
-        )
+        which = " and ".join(map(str, held_out))
+        raise DataError(f"{store.folder}: fold {which} of scheme '{scheme}' holds every tile, none is left")
     return train, val
+
+
+def folds_of_scheme(store: TileStore, scheme: str) -> list[int]:
+    """Return the numbers of all folds of a scheme that hold tiles out."""
+    numbers = set(store.fold_of(scheme).values())
+    return sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
 
 
 def pair_of_folds(first: int, second: int) -> int:
@@ -92,7 +96,7 @@ def pair_of_folds(first: int, second: int) -> int:
     return FIRST_PAIR + 10 * first + second
 
 
-def folds_of(fold: int) -> tuple[int, ...]:
+def held_out_folds(fold: int) -> tuple[int, ...]:
     """Return the folds whose tiles a number holds out: itself, or both of a pair."""
     return divmod(fold - FIRST_PAIR, 10) if fold >= FIRST_PAIR else (fold,)
 
@@ -101,7 +105,8 @@ def name_of(fold: int) -> str:
     """Return what a fold is called in what is printed."""
     if fold == ALL_TILES:
         return "all tiles"
-    return f"folds {' and '.join(map(str, folds_of(fold)))}" if fold >= FIRST_PAIR else f"fold {fold}"
+    held_out = held_out_folds(fold)
+    return f"fold{'s' if len(held_out) > 1 else ''} {' and '.join(map(str, held_out))}"
 
 
 def all_pairs(folds: Sequence[int]) -> list[int]:

@@ -37,7 +37,7 @@ from train.files import (
 )
 from train.fit import FOLD_FORMAT, RunError
 
-HALF_TURN = 4  # number of the view turned by 180 degrees
+HALF_TURN = [view.name for view in VIEWS].index("rotation 180")
 
 
 def read_fold(path: Path) -> dict:
@@ -129,36 +129,33 @@ def predict_run(run_dir: Path, store: TileStore) -> None:
 
     A tile whose files are newer than its fold's checkpoint is not predicted again.
     """
-    run_dir = Path(run_dir)
 
-    def predict(member: Member, record: Mapping, tile: str) -> None:
-        image = store.image(tile)
-        views = predict_views(scaled_for(member, record, image), image, usable_views(record))
-        passes = in_every_view(views)
-        write_array(run_dir / OOF_FOLDER / f"{tile}.npy", mean_of_views(passes))
-        write_array(_passes_file(run_dir, tile), passes)  # last: where it is fresh, so is the mean
+    def predict(member: Member, record: Mapping, image: np.ndarray) -> tuple[np.ndarray, ...]:
+        passes = in_every_view(predict_views(member, image, usable_views(record)))
+        return mean_of_views(passes), passes
 
-    _for_held_out_tiles(run_dir, (PASSES_FOLDER, OOF_FOLDER), predict)
+    _write_held_out(Path(run_dir), store, (OOF_FOLDER, PASSES_FOLDER), predict)
 
 
 def predict_run_diagonally(run_dir: Path, store: TileStore) -> None:
     """Write `diagonals/` of a run, what `predict_diagonals` returns, as `predict_run` writes `passes/`."""
-    run_dir = Path(run_dir)
 
-    def predict(member: Member, record: Mapping, tile: str) -> None:
-        image = store.image(tile)
-        passes = predict_diagonals(scaled_for(member, record, image), image)
-        write_array(run_dir / DIAGONALS_FOLDER / f"{tile}.npy", passes)
+    def predict(member: Member, record: Mapping, image: np.ndarray) -> tuple[np.ndarray, ...]:
+        return (predict_diagonals(member, image),)
 
-    _for_held_out_tiles(run_dir, (DIAGONALS_FOLDER,), predict)
+    _write_held_out(Path(run_dir), store, (DIAGONALS_FOLDER,), predict)
 
 
-def _for_held_out_tiles(
-    run_dir: Path, folders: Sequence[str], predict: Callable[[Member, Mapping, str], None]
+def _write_held_out(
+    run_dir: Path,
+    store: TileStore,
+    folders: Sequence[str],
+    predict: Callable[[Member, Mapping, np.ndarray], tuple[np.ndarray, ...]],
 ) -> None:
-    """Let `predict` write files named <tile>.npy into `folders`, with the network that never saw the tile.
+    """Write what `predict` returns of every tile, an array into each of `folders`, by the network that never
+    saw the tile.
 
-    Tiles whose file in the first of them is newer than the network are left alone.
+    The last folder is written last: a tile whose file there is newer than the network is left alone.
     """
     for folder in folders:
         (run_dir / folder).mkdir(exist_ok=True)
@@ -168,18 +165,23 @@ def _for_held_out_tiles(
         for record in records:
             checkpoint = fold_folder(run_dir, record["fold"]) / FOLD_FILE
             tiles = record["val_tiles"]
-            todo = [tile for tile in tiles if not is_fresh(run_dir / folders[0] / f"{tile}.npy", checkpoint)]
+            todo = [
+                tile for tile in tiles if not is_fresh(_tile_file(run_dir, folders[-1], tile), checkpoint)
+            ]
             bar.update(len(tiles) - len(todo))
             if not todo:
                 continue
             member = as_member(record)
             for tile in todo:
-                predict(member, record, tile)
+                image = store.image(tile)
+                arrays = predict(scaled_for(member, record, image), record, image)
+                for folder, array in zip(folders, arrays):
+                    write_array(_tile_file(run_dir, folder, tile), array)
                 bar.update()
 
 
-def _passes_file(run_dir: Path, tile: str) -> Path:
-    return run_dir / PASSES_FOLDER / f"{tile}.npy"
+def _tile_file(run_dir: Path, folder: str, tile: str) -> Path:
+    return run_dir / folder / f"{tile}.npy"
 
 
 def load_passes(run_dir: Path, tile: str) -> np.ndarray:
@@ -188,7 +190,7 @@ def load_passes(run_dir: Path, tile: str) -> np.ndarray:
     Raises:
         RunError: they have not been predicted.
     """
-    path = _passes_file(Path(run_dir), tile)
+    path = _tile_file(Path(run_dir), PASSES_FOLDER, tile)
     if not path.is_file():
         raise RunError(
             f"{path}: not predicted yet; finish all folds, then `python -m train evaluate --run {run_dir}`"

@@ -25,7 +25,7 @@ from prep.labels import CODE_NAMES
 from prep.store import TileStore, name_some
 from solution import CLASS_NAMES, VIEWS, DerivedInputs, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
-from train.data import ALL_TILES, FoldData, all_pairs, name_of, open_fold
+from train.data import ALL_TILES, FoldData, all_pairs, folds_of_scheme, name_of, open_fold
 from train.files import (
     CONFIG_FILE,
     FOLD_FILE,
@@ -94,8 +94,7 @@ def fit_all(
 
 def numbers_of_folds(config: Config) -> list[int]:
     """Return the numbers of all folds of the config's scheme."""
-    numbers = set(TileStore(config.data.store).fold_of(config.data.scheme).values())
-    return sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
+    return folds_of_scheme(TileStore(config.data.store), config.data.scheme)
 
 
 def numbers_of_pairs(config: Config) -> list[int]:

@@ -129,9 +129,10 @@ def measure_points(candidates: Sequence[Candidate], store: TileStore, jobs: int)
     for folder in folders:
         record = read_folds(folder)[0]
         costs[folder], sizes[folder] = measure_cost([record], image), stored_size(record)
-        most[folder] = usable_views(record) + (DIAGONALS if usable_views(record) == len(VIEWS) else 0)
-        if most[folder] > len(VIEWS):
+        most[folder] = usable_views(record)
+        if most[folder] == len(VIEWS):
             predict_run_diagonally(folder, store)
+            most[folder] += DIAGONALS
     counts = count_candidates(candidates, runs, store, most, jobs)
     reference = counts[0][-1]
     points = []

@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Mapping, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ from solution import (
     prepare_torch,
     valid_mask,
 )
-from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
-from train.data import ALL_TILES, all_pairs, as_clean, name_of, split_tiles
+from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
+from train.data import ALL_TILES, all_pairs, as_clean, folds_of_scheme, name_of, split_tiles
 from train.evaluate import read_fold
 from train.files import FOLD_FILE, OOF_FOLDER, RUN_FILE, fold_folder, write_json
 from train.pixel_runs import fold_record, predict_held_out, save_fold, score_and_save
@@ -188,7 +188,8 @@ def fit_run(config: PixelConfig, run_dir: Path, threads: int) -> dict:
     (run_dir / OOF_FOLDER).mkdir(parents=True, exist_ok=True)
     about = {"model": "PixelNet", "scheme": config.scheme, "seed": config.seed}
     write_json(run_dir / RUN_FILE, about)
-    records = fit_folds(config, store, [*folds_of_scheme(config, store), ALL_TILES], threads)
+    folds = [*folds_of_scheme(store, config.scheme), ALL_TILES]
+    records = list(fit_folds(config, store, folds, threads))
     for record in records:
         predict_held_out(run_dir, record, store)
     return score_and_save(run_dir, records, store)
@@ -200,7 +201,7 @@ def fit_pairs(config: PixelConfig, run_dir: Path, threads: int) -> None:
     Those that are there with these settings are not fitted again.
     """
     store = TileStore(config.store)
-    pairs = all_pairs(folds_of_scheme(config, store))
+    pairs = all_pairs(folds_of_scheme(store, config.scheme))
     todo = [pair for pair in pairs if not is_finished(run_dir, pair, config)]
     print(f"{run_dir}: {len(pairs) - len(todo)} of {len(pairs)} pairs of folds are finished", flush=True)
     for record in fit_folds(config, store, todo, threads):
@@ -210,24 +211,15 @@ def fit_pairs(config: PixelConfig, run_dir: Path, threads: int) -> None:
 def is_finished(run_dir: Path, fold: int, config: PixelConfig) -> bool:
     """Return whether the run has a network of this fold and these settings."""
     path = fold_folder(run_dir, fold) / FOLD_FILE
-    return path.is_file() and read_fold(path)["config"].get("pixels") == as_dict(config)
+    return path.is_file() and read_fold(path)["config"].get("pixels") == to_dict(config)
 
 
-def as_dict(config: PixelConfig) -> Any:
-    """Return the settings as plain containers."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
-
-
-def folds_of_scheme(config: PixelConfig, store: TileStore) -> list[int]:
-    """Return the numbers of the folds that hold tiles out."""
-    return sorted({fold for fold in store.fold_of(config.scheme).values() if fold >= 0})
-
-
-def fit_folds(config: PixelConfig, store: TileStore, folds: Sequence[int], threads: int) -> list[dict]:
-    """Return the records of some folds, but for their scores."""
+def fit_folds(config: PixelConfig, store: TileStore, folds: Sequence[int], threads: int) -> Iterator[dict]:
+    """Yield the records of some folds, but for their scores, each as soon as it is fitted."""
     prepare_torch(threads)
     drawn = draw_store(store, config) if folds else {}
-    return [fit_fold(config, store, drawn, fold) for fold in folds]
+    for fold in folds:
+        yield fit_fold(config, store, drawn, fold)
 
 
 def fit_fold(config: PixelConfig, store: TileStore, drawn: Mapping[str, Pixels], fold: int) -> dict:
@@ -236,10 +228,9 @@ def fit_fold(config: PixelConfig, store: TileStore, drawn: Mapping[str, Pixels],
     train, val = split_tiles(store, config.scheme, fold)
     network = fit_network([drawn[tile] for tile in train], config)
     seconds = time.monotonic() - started
-    name = name_of(fold)
-    print(f"PixelNet, {config.scheme}, {name}: {len(train)} tiles, {seconds:.0f} s", flush=True)
+    print(f"PixelNet, {config.scheme}, {name_of(fold)}: {len(train)} tiles, {seconds:.0f} s", flush=True)
     record = fold_record(as_config(config), fold, network, train, val, seconds)
-    return {**record, "config": {**record["config"], "pixels": as_dict(config)}}
+    return {**record, "config": {**record["config"], "pixels": to_dict(config)}}
 
 
 def as_config(config: PixelConfig) -> Config:
