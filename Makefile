@@ -53,7 +53,7 @@ DEMO := data/demo
 	predict preview score export \
 	prep fit evaluate calibrate pareto train-all \
 	check grader-check bench submission \
-	baseline pixels unets pairs train-mixed report ablate distill mix frontier pretrain bench-prep bench-pretrain bench-train \
+	baseline pixels unets pairs train-mixed report ablate distill mix frontier pretrain bench-prep \
 	test test-slow lint coverage fuzz audit reference lock clean
 
 help: ## list the targets
@@ -206,16 +206,9 @@ pretrain: setup ## train on the HKH store HKH, into weights/hkh_pretrained.ckpt;
 bench-prep: setup ## megapixels a second of python -m prep hkh beside a bare read and write: reports/prep_hkh.md
 	$(PY) -m prep bench
 
-bench-pretrain: setup ## does pretraining help? the whole way on synthetic data: reports/pretraining.md
-	@rm -rf data/benefit
-	$(PY) -m train benefit --work data/benefit
-
-bench-train: setup ## how much of training's time is the network's: reports/bench_train.md
-	$(PY) -m train bench-train --config $(CONFIG) $(SET)
-
 ##@ The kit itself
 
-test: setup ## the tests, on all cores, without the slow ones (PARTS=tests/test_x.py: some)
+test: setup ## the tests, on all cores, without the slow ones (PARTS=tests/x: some)
 	$(PYTEST) -m "not slow" $(PARTS)
 
 test-slow: setup ## the slow tests: kills, whole programs, long searches
@@ -236,7 +229,7 @@ audit: setup ## known vulnerabilities of the pinned packages, or that the servic
 	$(PY) .ci/audit.py
 
 reference: setup ## make weights/reference.* anew, after WEIGHTS were replaced
-	$(PY) -m train.release --weights $(WEIGHTS) --write
+	$(PY) -m train.submit.reference --weights $(WEIGHTS) --write
 
 lock: setup ## make requirements.lock from requirements.txt, with the SHA-256 of each file (by uv)
 	$(PY) -m pip install --quiet uv

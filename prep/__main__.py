@@ -158,7 +158,7 @@ def run_hkh(options: argparse.Namespace) -> None:
             "--mask-order belongs to --patches: any,clean,debris in the order of the masks' channels, which "
             "differs between exports"
         )
-    from prep import hkh  # here, so that the other commands do not load what it needs
+    from prep.hkh import prepare as hkh
 
     source = hkh.Source(
         scenes=options.scenes,
@@ -200,7 +200,7 @@ def run_sample(options: argparse.Namespace) -> None:
     """Write synthetic scenes into a new folder."""
     refuse_existing(options.out)
     if options.like == "hkh":
-        from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
+        from prep.synthetic.hkh import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 
         write_hkh_sample(options.out, options.tiles, options.size, options.seed)
         print(
@@ -210,7 +210,9 @@ def run_sample(options: argparse.Namespace) -> None:
             f"python -m prep hkh --scenes {options.out / SCENES_FOLDER} --labels {options.out / LABELS_FILE}"
         )
         return
-    from prep.synthetic import write_sample  # here, so that the other command does not load what it needs
+    from prep.synthetic.scenes import (
+        write_sample,  # here, so that the other command does not load what it needs
+    )
 
     write_sample(options.out, options.tiles, options.size, options.seed, options.naming, options.labels)
     print(f"{options.out}: {options.tiles} synthetic tiles of {options.size} px written")

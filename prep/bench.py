@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import rasterio
 
-from prep import hkh, hkh_sources
-from prep.hkh_sample import LABELS_FILE, write_hkh_sample
-from prep.polygons import DEFAULT_COLUMN, DEFAULT_WORDS
-from prep.synthetic import PIXEL
+from prep.hkh import prepare as hkh
+from prep.hkh import sources as hkh_sources
+from prep.hkh.polygons import DEFAULT_COLUMN, DEFAULT_WORDS
+from prep.synthetic.hkh import LABELS_FILE, write_hkh_sample
+from prep.synthetic.scenes import PIXEL
 from solution import usable_cores
 
 KEEP_ALL = hkh.Filter(0, 0, 0, 1.0)  # so that every tile is converted and written

@@ -7,8 +7,8 @@ import numpy as np
 import rasterio
 from hypothesis import settings
 
-from prep import hkh
-from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
+from prep.hkh import prepare as hkh
+from prep.synthetic.hkh import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
 SCENES, SIDE = 3, 160

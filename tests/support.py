@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import solution
-from prep.synthetic import make_scene, to_numbers
+from prep.synthetic.scenes import make_scene, to_numbers
 
 PROJECT = Path(solution.__file__).resolve().parent
 TINY_ARCH = {

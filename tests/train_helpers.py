@@ -9,7 +9,8 @@ from prep.labels import GLACIER_OR_DEBRIS, IGNORE, count_codes
 from prep.stats import band_statistics, describe
 from train.__main__ import main
 
-SMOKE = Path(__file__).resolve().parents[1] / "train" / "configs" / "smoke.yaml"
+CONFIGS = Path(__file__).resolve().parents[1] / "train" / "configs"
+SMOKE = CONFIGS / "smoke.yaml"
 
 # Mean of each class in the five bands: reflectance x 4, kelvin.
 CLASS_MEANS = np.array(

@@ -1,12 +1,11 @@
 """Command line of training: `python -m train <command> --help`."""
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Sequence
 
-from train.submission import add_check_arguments, add_submission_arguments, run_check, run_submission
+from train.submit.archive import add_check_arguments, add_submission_arguments, run_check, run_submission
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -99,87 +98,6 @@ def run_distil(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_soup_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `soup`."""
-    parser.add_argument(
-        "--run",
-        type=Path,
-        action="append",
-        required=True,
-        help="a finished run; several, say of other seeds, are averaged fold by fold; one, over its folds",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the run of soups")
-    parser.add_argument(
-        "--batches", type=int, default=50, help="of crops, for BatchNorm (default: %(default)s)"
-    )
-    add_store_argument(parser)
-
-
-def run_soup(arguments: argparse.Namespace) -> int:
-    """Average the weights of several runs' networks fold by fold, or of one run's folds."""
-    from prep.store import TileStore
-    from train import soup
-
-    store = TileStore(arguments.store)
-    if len(arguments.run) > 1:
-        soups = soup.cook(arguments.run, store, arguments.out, arguments.batches)
-        print(soup.soup_table(soups, [str(run) for run in arguments.run]))
-        return 0
-    found, folds = soup.cook_folds(arguments.run[0], store, arguments.out, arguments.batches)
-    print(
-        f"{arguments.out}: the average of folds has MCC {found:.4f} on tiles it has seen, where the folds "
-        f"have {', '.join(f'{value:.4f}' for value in folds)}: no out-of-fold score. Only tiles that no fold "
-        "saw can give it one."
-    )
-    return 0
-
-
-def add_rescale_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `rescale`."""
-    parser.add_argument("--run", type=Path, required=True, help="a finished run of CoarseUnet")
-    parser.add_argument(
-        "--scales",
-        type=numbers,
-        required=True,
-        help="how many times as large tiles are looked at, e.g. 1,1.5; probabilities are averaged",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the run that is made")
-
-
-def run_rescale(arguments: argparse.Namespace) -> int:
-    """Write a run of the same networks that are asked in other sizes of their tiles."""
-    from train.rescale import rescale_run
-
-    rescale_run(arguments.run, arguments.scales, arguments.out)
-    print(f"{arguments.out} written; score it with `python -m train evaluate --run {arguments.out}`")
-    return 0
-
-
-def add_adapt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `adapt`."""
-    parser.add_argument("runs", type=Path, nargs="+", help="runs with finished folds")
-    parser.add_argument(
-        "--shares",
-        type=numbers,
-        default=[0.15, 0.3, 0.5, 1.0],
-        help="of the tile's own statistics (default: 0.15,0.3,0.5,1)",
-    )
-    parser.add_argument("--out", type=Path, default=Path("reports/adapt.md"), help="default: %(default)s")
-    add_store_argument(parser)
-
-
-def run_adapt(arguments: argparse.Namespace) -> int:
-    """Score runs whose BatchNorms are adapted to each held-out tile, a share at a time."""
-    from prep.store import TileStore
-    from train.adapt import measure_run, write_report
-
-    store = TileStore(arguments.store)
-    measured = {str(run): measure_run(run, store, arguments.shares) for run in arguments.runs}
-    write_report(arguments.out, measured, "python -m train " + shlex.join(sys.argv[1:]))
-    print(f"{arguments.out} written")
-    return 0
-
-
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
     what = parser.add_mutually_exclusive_group(required=True)
@@ -215,8 +133,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 def evaluate_run(arguments: argparse.Namespace) -> int:
     """Predict every tile with the fold that never saw it, and score the predictions."""
     from prep.store import TileStore
-    from train.evaluate import predict_run
-    from train.report import score_run
+    from train.predict import predict_run
+    from train.report.tables import score_run
 
     store = TileStore(arguments.store)
     predict_run(arguments.run, store)
@@ -235,8 +153,8 @@ def evaluate_masks(arguments: argparse.Namespace) -> int:
     """Score a folder of masks as the organisers do."""
     from prep.competition import PHASE_OPTIONS
     from solution import InputError
-    from train.mask_files import VALUES_OPTIONS
-    from train.score_masks import format_scores, score_masks, write_scores
+    from train.masks.files import VALUES_OPTIONS
+    from train.masks.score import format_scores, score_masks, write_scores
 
     if not arguments.labels:
         raise InputError("--pred: the masks have nothing to be scored against; give --labels FOLDER")
@@ -422,7 +340,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
 
 def pack_run(arguments: argparse.Namespace) -> int:
     """Pack all folds of one run."""
-    from train.package import pack
+    from train.pack import pack
 
     out = pack(arguments.run[0], arguments.calibration, arguments.out, arguments.passes)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
@@ -434,7 +352,7 @@ def pack_runs(arguments: argparse.Namespace) -> int:
     from prep.store import TileStore
     from solution import InputError, usable_cores
     from train.mixture import Budget, mixture_table, pack_mixture, write_out_of_fold
-    from train.report import find_scheme
+    from train.report.tables import find_scheme
 
     if arguments.passes:
         raise InputError("--passes: an order for a single run; several runs, or a budget, find their own")
@@ -484,8 +402,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def run_report(arguments: argparse.Namespace) -> int:
     """Compare the out-of-fold scores of runs in Markdown, with figures, and on a page with pictures."""
     from prep.store import TileStore
-    from train.html_report.page import write_page
-    from train.report import read_run_names, write_report
+    from train.report.page import write_page
+    from train.report.tables import read_run_names, write_report
 
     runs, store = read_run_names(arguments.runs), TileStore(arguments.store)
     scores = write_report(runs, store, arguments.out, arguments.made_with)
@@ -511,9 +429,9 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_preview(arguments: argparse.Namespace) -> int:
     """Draw each tile with its mask, outlines, areas and confidence, and a contact sheet of all of them."""
+    from prep.text import plural
     from solution import InputError
-    from train.quicklook import write_quicklooks
-    from train.text import plural
+    from train.masks.preview import write_quicklooks
 
     if not (arguments.masks or arguments.weights):
         raise InputError("nothing to draw over the tiles; give --masks FOLDER, --weights model.pth, or both")
@@ -531,7 +449,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Write masks as GeoTIFFs with a colour table, and as polygons with areas, for QGIS."""
-    from train.export import export_masks, format_areas
+    from train.masks.export import export_masks, format_areas
 
     exported = export_masks(arguments.masks, arguments.data, arguments.out)
     print(format_areas(exported))
@@ -552,62 +470,13 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def run_bench(arguments: argparse.Namespace) -> int:
     """Time solution.py by stage and against its forward passes and a straightforward program; exit status 1
     where their masks differ."""
-    from train.bench import AGREEMENT_AIM, bench
+    from train.submit.bench import AGREEMENT_AIM, bench
 
     data = ["--data <folder with Band1 ... Band5>"] if arguments.data else []
     command = " ".join(["python -m train bench", *data, f"--tiles {arguments.tiles}"])
     command += " --quick" if arguments.quick else ""
     given = (arguments.data, arguments.tiles, arguments.weights, arguments.out, arguments.quick)
     return 0 if bench(*given, command).agreement >= AGREEMENT_AIM else 1
-
-
-def add_bench_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `bench-train`."""
-    parser.add_argument(
-        "--config", type=Path, default=Path("train/configs/imagenet.yaml"), help="default: %(default)s"
-    )
-    parser.add_argument("--store", type=Path, help="tile store; default: synthetic scenes")
-    parser.add_argument("--steps", type=int, default=12, help="of each round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("reports/bench_train.md"), help="default: %(default)s"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.threads=1")
-
-
-def run_bench_train(arguments: argparse.Namespace) -> int:
-    """Time the training loop against bare steps of its network on crops in memory."""
-    from train.bench_train import bench_train
-    from train.config import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
-    command = "python -m train " + shlex.join(sys.argv[1:])
-    bench_train(config, arguments.store, arguments.out, arguments.steps, arguments.rounds, command)
-    return 0
-
-
-def add_crf_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `crf`."""
-    parser.add_argument("--run", type=Path, required=True, help="an evaluated run")
-    add_store_argument(parser)
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("reports/crf.md"), help="default: %(default)s")
-
-
-def run_crf(arguments: argparse.Namespace) -> int:
-    """Compare the CRF on PyTorch with pydensecrf on the held-out tiles of a run."""
-    from prep.store import TileStore
-    from solution import prepare_torch
-    from train.crf import compare_run, format_comparisons
-    from train.files import write_text
-
-    prepare_torch(arguments.threads)
-    table = compare_run(arguments.run, TileStore(arguments.store))
-    command = f"python -m train crf --run {arguments.run} --threads {arguments.threads}"
-    text = format_comparisons(table, arguments.threads, command)
-    write_text(arguments.out, text)
-    print(text)
-    return 0
 
 
 def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -667,7 +536,7 @@ def add_grader_arguments(parser: argparse.ArgumentParser) -> None:
 def run_grader_check(arguments: argparse.Namespace) -> int:
     """Run the submission under Python 3.9 and the grader's packages, read-only and without network; exit
     status 1 where a caller fails or the masks are others than here."""
-    from train.grader.command import grader_check
+    from train.submit.grader.command import grader_check
 
     given = (arguments.solution, arguments.weights, arguments.data, arguments.tiles, arguments.size)
     return grader_check(*given, optional=arguments.optional)
@@ -683,33 +552,9 @@ def numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
 
 
-def add_benefit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `benefit`."""
-    parser.add_argument(
-        "--work", type=Path, default=Path("data/benefit"), help="new folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("reports/pretraining.md"), help="default: %(default)s"
-    )
-
-
-def run_benefit(arguments: argparse.Namespace) -> int:
-    """Pretrain on synthetic HKH, fine-tune with it and without, and score both on synthetic tiles."""
-    from prep.store import refuse_existing
-    from train.benefit import Scale, measure, write_report
-
-    refuse_existing(arguments.work)
-    command = f"python -m train benefit --work {arguments.work} --out {arguments.out}"
-    write_report(arguments.out, measure(arguments.work, Scale()), command)
-    return 0
-
-
 COMMANDS = {
     "fit": Command("train the folds of a tile store", add_fit_arguments, run_fit),
     "distil": Command("train students of finished runs", add_distil_arguments, run_distil),
-    "adapt": Command("what adapting BatchNorm to tiles brings", add_adapt_arguments, run_adapt),
-    "rescale": Command("ask a finished run in other sizes of its tiles", add_rescale_arguments, run_rescale),
-    "soup": Command("average the weights of networks", add_soup_arguments, run_soup),
     "evaluate": Command(
         "score the held-out tiles of a run, or any folder of masks", add_evaluate_arguments, run_evaluate
     ),
@@ -719,13 +564,10 @@ COMMANDS = {
     "calibrate": Command("decide on views, bias, CRF, cleaning", add_calibrate_arguments, run_calibrate),
     "pareto": Command("score against work, and the order of passes", add_pareto_arguments, run_pareto),
     "pack": Command("write weights/model.pth", add_pack_arguments, run_pack),
-    "benefit": Command("does pretraining help? on synthetic data", add_benefit_arguments, run_benefit),
     "preview": Command("draw tiles, masks and a contact sheet", add_preview_arguments, run_preview),
     "export": Command("masks as GeoTIFF and polygons for QGIS", add_export_arguments, run_export),
     "check": Command("would the submission be accepted?", add_check_arguments, run_check),
     "bench": Command("time solution.py, and where it goes", add_bench_arguments, run_bench),
-    "bench-train": Command("time training against its network", add_bench_train_arguments, run_bench_train),
-    "crf": Command("the CRF on PyTorch beside pydensecrf", add_crf_arguments, run_crf),
     "grader-check": Command("the same masks in the grader's Python?", add_grader_arguments, run_grader_check),
     "submission": Command("check, then zip the submission", add_submission_arguments, run_submission),
     "report": Command("compare runs in Markdown", add_report_arguments, run_report),

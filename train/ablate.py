@@ -21,7 +21,9 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from prep.files import write_array, write_json, write_text, write_whole
 from prep.store import TileStore
+from prep.text import NONE, markdown_table, number_text
 from solution import VIEWS, usable_cores
 from train import side_by_side
 from train.config import (
@@ -34,7 +36,9 @@ from train.config import (
     save_config,
 )
 from train.data import folds_of_scheme
-from train.evaluate import (
+from train.fit import RunError, fit_fold, read_record, require_same_config
+from train.objective import TileCounts, count_tile, score_tiles
+from train.predict import (
     as_member,
     mean_of_views,
     predict_run,
@@ -42,24 +46,9 @@ from train.evaluate import (
     read_fold,
     scaled_for,
 )
-from train.files import (
-    CONFIG_FILE,
-    FOLD_FILE,
-    OOF_FOLDER,
-    RUN_FILE,
-    files_of_folds,
-    fold_folder,
-    is_fresh,
-    write_array,
-    write_json,
-    write_text,
-    write_whole,
-)
-from train.fit import RunError, fit_fold, read_record, require_same_config
-from train.metrics import TileCounts, count_tile, score_tiles
-from train.report import find_scheme, predicted_classes
+from train.report.tables import find_scheme, predicted_classes
+from train.run import CONFIG_FILE, FOLD_FILE, OOF_FOLDER, RUN_FILE, files_of_folds, fold_folder, is_fresh
 from train.side_by_side import Work
-from train.text import NONE, markdown_table, number_text
 
 MIN_GAIN = 0.01  # MCC beyond the spread of seeds that an ingredient must bring to be kept
 

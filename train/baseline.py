@@ -23,12 +23,13 @@ import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
+from prep.files import write_json
 from prep.store import TileStore
 from solution import BANDS, CLASS_NAMES, PIXEL_FEATURES, BoostedTrees, median_temperature, pixel_features
 from train.config import Config, DataConfig, ModelConfig, TrainConfig
-from train.files import FOLD_FILE, OOF_FOLDER, RUN_FILE, files_of_folds, write_json
-from train.metrics import DEBRIS, GLACIER, GLACIER_CODES, LAKE, OTHER, REST_CODES
+from train.objective import DEBRIS, GLACIER, GLACIER_CODES, LAKE, OTHER, REST_CODES
 from train.pixel_runs import fold_record, predict_held_out, score_and_save
+from train.run import FOLD_FILE, OOF_FOLDER, RUN_FILE, files_of_folds
 
 PIXELS_PER_TILE = 10_000  # drawn for each question, so that every tile weighs about the same
 NEVER = 1e-15  # probability of what the training side does not show

@@ -15,7 +15,9 @@ from typing import Callable, NamedTuple, Sequence
 import numpy as np
 from joblib import Parallel, delayed
 
+from prep.files import write_json, write_text
 from prep.store import TileStore
+from prep.text import markdown_table
 from solution import (
     CLASS_NAMES,
     VIEWS,
@@ -27,11 +29,9 @@ from solution import (
     normalize,
     valid_mask,
 )
-from train.evaluate import load_passes, read_folds
-from train.files import write_json, write_text
 from train.fit import RunError
-from train.metrics import TileCounts, count_tile, score_tiles
-from train.text import markdown_table
+from train.objective import TileCounts, count_tile, score_tiles
+from train.predict import load_passes, read_folds
 
 NO_BIAS = (0.0,) * len(CLASS_NAMES)
 MIN_GAIN = 0.001  # MCC; a step that gains less is not worth its time

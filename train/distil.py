@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from prep.files import write_array, write_json
 from prep.labels import IGNORE
 from prep.store import TileStore
-from prep.synthetic import make_scene
+from prep.synthetic.scenes import make_scene
 from solution import (
     BANDS,
     CLASS_NAMES,
@@ -52,11 +53,11 @@ from train.data import (
     open_fold,
     tile_normalization,
 )
-from train.evaluate import as_member, predict_views, read_folds, scaled_for, usable_views
-from train.files import FOLD_FILE, fold_folder, write_array, write_json
 from train.fit import Recipe, RunError, first_normalization, fit_all
 from train.module import SegmentationModule
-from train.submission import sha256
+from train.predict import as_member, predict_views, read_folds, scaled_for, usable_views
+from train.run import FOLD_FILE, fold_folder
+from train.submit.archive import sha256
 
 ANSWERS_FOLDER = "teachers"  # of a fold: <source>-<tile>.npy, see `Answers`
 IDENTITY_FILE = "identity.json"  # who answered what

@@ -21,20 +21,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
 from torch import nn
 
+from prep.files import write_text, write_whole
 from prep.labels import CODE_NAMES
 from prep.store import TileStore, name_some
 from solution import CLASS_NAMES, VIEWS, DerivedInputs, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
 from train.data import ALL_TILES, FoldData, all_pairs, folds_of_scheme, name_of, open_fold
-from train.files import (
-    CONFIG_FILE,
-    FOLD_FILE,
-    HISTORY_FILE,
-    RESUME_FILE,
-    fold_folder,
-    write_text,
-    write_whole,
-)
 from train.hardware import (
     held,
     is_first_process,
@@ -45,6 +37,7 @@ from train.hardware import (
 )
 from train.module import RampedAveraging, SegmentationModule
 from train.pretrained import load_imagenet
+from train.run import CONFIG_FILE, FOLD_FILE, HISTORY_FILE, RESUME_FILE, fold_folder
 from train.transfer import input_identity, read_pretrained
 
 FOLD_FORMAT = "glacier-kit-fold/1"

@@ -14,14 +14,13 @@ import numpy as np
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 
+from prep.files import write_json, write_text
 from prep.store import TileStore
+from prep.text import markdown_table, mcc_text, plural
 from solution import VIEWS, prepare_torch, usable_cores
 from train.calibrate import Run, score
-from train.evaluate import load_passes, predict_run_diagonally, read_folds, usable_views
-from train.files import DIAGONALS_FOLDER, write_json, write_text
 from train.fit import RunError
-from train.limits import KNOWN_GMAC
-from train.metrics import TileCounts
+from train.masks.pictures import save_figure
 from train.mixture import (
     VIEW_ORDER,
     Mix,
@@ -32,7 +31,8 @@ from train.mixture import (
     normalised,
     stored_size,
 )
-from train.package import read_settings
+from train.objective import TileCounts
+from train.pack import read_settings
 from train.pareto import (
     Cost,
     Scores,
@@ -43,8 +43,9 @@ from train.pareto import (
     number_point,
     open_runs,
 )
-from train.pictures import save_figure
-from train.text import markdown_table, mcc_text, plural
+from train.predict import load_passes, predict_run_diagonally, read_folds, usable_views
+from train.run import DIAGONALS_FOLDER
+from train.submit.limits import KNOWN_GMAC
 
 DIAGONALS = 2  # views besides VIEWS, mirrored along a diagonal, measured here and not shipped
 SHIPPABLE_SIZE = 70e6  # bytes: what is committed to git stays below

@@ -19,16 +19,15 @@ from typing import Mapping, NamedTuple, Sequence
 import numpy as np
 from joblib import Parallel, delayed
 
+from prep.files import write_array, write_json
 from prep.store import TileStore
+from prep.text import NONE, markdown_table, mcc_text
 from solution import VIEWS, decide_classes
 from train.calibrate import Run, score
 from train.data import ALL_TILES
-from train.evaluate import load_passes, read_folds, usable_views
-from train.files import OOF_FOLDER, RUN_FILE, write_array, write_json
 from train.fit import RunError
-from train.limits import KNOWN_GMAC, MAX_BYTES
-from train.metrics import TileCounts, count_tile, jackknife_error, score_tiles
-from train.package import (
+from train.objective import TileCounts, count_tile, jackknife_error, score_tiles
+from train.pack import (
     Order,
     assemble,
     read_calibration,
@@ -37,7 +36,9 @@ from train.package import (
     write_model,
 )
 from train.pareto import open_runs
-from train.text import NONE, markdown_table, mcc_text
+from train.predict import load_passes, read_folds, usable_views
+from train.run import OOF_FOLDER, RUN_FILE
+from train.submit.limits import KNOWN_GMAC, MAX_BYTES
 from train.work import count_gmac
 
 # The order that `reports/pareto.md` found for earlier networks: fixed, so that it need not be nested.

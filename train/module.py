@@ -15,7 +15,7 @@ from torchmetrics.classification import BinaryMatthewsCorrCoef, MulticlassMatthe
 
 from prep.labels import CODE_CLASSES, IGNORE
 from solution import CLASS_NAMES, GLACIER_GROUP, build_network, pad_to_multiple
-from train import networks  # adds its networks to those that build_network knows
+from train import networks
 from train.config import Config, ConfigError
 from train.hardware import process_number
 from train.losses import SetLoss

@@ -24,7 +24,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from prep.files import write_json, write_text
 from prep.store import TileStore
+from prep.text import NONE, markdown_table, mcc_text, plural
 from solution import (
     VIEWS,
     Model,
@@ -36,14 +38,12 @@ from solution import (
     usable_cores,
 )
 from train.calibrate import NO_BIAS, STEPS, Run, Settings, open_run, predict_with, score
-from train.evaluate import as_member, load_passes, read_folds
-from train.files import write_json, write_text
 from train.fit import RunError
-from train.limits import KNOWN_GMAC
-from train.metrics import TileCounts, count_tile, jackknife_error, score_tiles
-from train.pictures import save_figure
-from train.report import score_run
-from train.text import NONE, markdown_table, mcc_text, plural
+from train.masks.pictures import save_figure
+from train.objective import TileCounts, count_tile, jackknife_error, score_tiles
+from train.predict import as_member, load_passes, read_folds
+from train.report.tables import score_run
+from train.submit.limits import KNOWN_GMAC
 from train.work import count_gmac
 
 REPEATS = 5  # of a timed pass

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from prep.files import write_array, write_whole
 from prep.store import TileStore
 from train.config import Config, to_dict
 from train.data import UNCHANGED
-from train.evaluate import as_member, predict_views
-from train.files import FOLD_FILE, OOF_FOLDER, fold_folder, write_array, write_whole
 from train.fit import FOLD_FORMAT, arch_of, versions
-from train.report import score_run
+from train.predict import as_member, predict_views
+from train.report.tables import score_run
+from train.run import FOLD_FILE, OOF_FOLDER, fold_folder
 from train.transfer import input_identity
 
 

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
+from prep.files import write_json
 from prep.labels import CODE_CLASSES, IGNORE
 from prep.store import TileStore
 from solution import (
@@ -33,9 +34,9 @@ from solution import (
 )
 from train.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, to_dict
 from train.data import ALL_TILES, all_pairs, as_clean, folds_of_scheme, name_of, split_tiles
-from train.evaluate import read_fold
-from train.files import FOLD_FILE, OOF_FOLDER, RUN_FILE, fold_folder, write_json
 from train.pixel_runs import fold_record, predict_held_out, save_fold, score_and_save
+from train.predict import read_fold
+from train.run import FOLD_FILE, OOF_FOLDER, RUN_FILE, fold_folder
 
 LEAST_STD = 1e-6  # of a feature that is the same everywhere
 

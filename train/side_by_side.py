@@ -15,9 +15,10 @@ from typing import Callable, NamedTuple, Sequence, TypeVar
 import torch
 from tqdm import tqdm
 
+from prep.files import write_whole
 from train.config import Config, ConfigError, change_config, save_config
-from train.files import CONFIG_FILE, FOLD_FILE, fold_folder, write_whole
 from train.fit import RunError, format_records, numbers_of_folds, read_record, require_same_config
+from train.run import CONFIG_FILE, FOLD_FILE, fold_folder
 
 PROJECT = Path(__file__).resolve().parents[1]
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from support import PROJECT
 
-from prep.synthetic import write_sample
+from prep.synthetic.scenes import write_sample
 
 AIM = 0.9999  # least share of pixels that are alike
 

@@ -22,9 +22,9 @@ from rasterio.crs import CRS
 from fuzz import rasters
 from fuzz.runs import Found, call, judge_end, note, snapshot
 from prep.__main__ import main as prep_main
-from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 from prep.labels import CODE_NAMES
 from prep.store import StoreError, TileStore
+from prep.synthetic.hkh import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 
 REMEDIES = (
     "copy or",

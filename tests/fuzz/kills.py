@@ -25,11 +25,11 @@ from train_helpers import make_store
 import solution
 from fuzz import rasters, runs
 from prep.__main__ import main as prep_main
-from prep.hkh_sample import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 from prep.store import TileStore
+from prep.synthetic.hkh import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
 from train.config import load_config
-from train.files import FOLD_FILE, RESUME_FILE
 from train.fit import fit_fold
+from train.run import FOLD_FILE, RESUME_FILE
 
 Work = Callable[[], object]
 PATIENCE = 300.0  # seconds

@@ -1,0 +1,1 @@
+"""The HKH data set (Landsat 7) as tile stores."""

@@ -1,0 +1,1 @@
+"""Synthetic scenes: of the competition and of HKH."""

@@ -1,0 +1,162 @@
+"""Pictures of tiles: what they say of areas and places, what they need, and one file a tile."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from support import in_memory, random_network, write_model, write_tile
+
+import solution
+from prep.synthetic.scenes import write_sample
+from train.__main__ import main
+from train.masks import preview as quicklook
+from train.masks.files import read_mask
+from train.masks.georeference import Georeference
+from train.masks.pictures import false_colour
+
+UTM = Georeference(rasterio.crs.CRS.from_epsg(32643), Affine(30, 0, 500000, 0, -30, 3700000))
+DEGREES = Georeference(rasterio.crs.CRS.from_epsg(4326), Affine(0.001, 0, 77, 0, -0.001, 33))
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory) -> tuple[Path, Path]:
+    """Return (data, masks) of two synthetic tiles; their labels, as PNG, are the masks."""
+    data = tmp_path_factory.mktemp("quicklook") / "data"
+    write_sample(data, tiles=2, size=64, seed=0, naming="platform", labels="phase2")
+    masks = data.parent / "masks"
+    masks.mkdir()
+    for path in sorted((data / "label").iterdir()):
+        cv2.imwrite(str(masks / f"{path.stem}.png"), solution.decode_tiff(path)[0].astype(np.uint8))
+    return data, masks
+
+
+def some_view(place=UTM) -> quicklook.View:
+    """Return a view of 10 x 20 px: two rows nodata, one of glacier, one of debris, one of lake, six other."""
+    image = np.full((10, 20, 5), 0.5, np.float32)
+    image[..., 4] = 260
+    image[:2] = np.nan
+    classes = np.zeros((10, 20), np.uint8)
+    classes[2], classes[3], classes[4] = 1, 2, 3
+    return quicklook.View("01_01", image, classes, None, place)
+
+
+def test_areas_are_those_of_the_pixels():
+    rows = {row[0]: row[1:] for row in quicklook.class_areas(some_view()._replace())}
+    assert rows["glacier"] == [f"{20 * 0.0009:.1f}", "12.5%"]
+    wide = some_view(UTM._replace(transform=Affine(1000, 0, 0, 0, -1000, 0)))
+    rows = {row[0]: row[1:] for row in quicklook.class_areas(wide)}
+    assert rows == {
+        "other": ["100.0", "62.5%"],
+        "glacier": ["20.0", "12.5%"],
+        "debris": ["20.0", "12.5%"],
+        "lake": ["20.0", "12.5%"],
+        "nodata": ["40.0", ""],
+    }
+
+
+@pytest.mark.parametrize("place", [None, DEGREES])
+def test_without_metres_there_are_shares_only(place):
+    rows = quicklook.class_areas(some_view(place))
+    assert {row[1] for row in rows} == {"–"}
+    assert quicklook.make_thumbnail(some_view(place)).area == "25% glacier"
+
+
+def test_a_pixel_is_as_large_as_its_tags_say():
+    assert UTM.pixel_km2() == pytest.approx(0.0009)
+    feet = Georeference(rasterio.crs.CRS.from_epsg(2263), Affine(100, 0, 0, 0, -100, 0))  # US survey feet
+    assert feet.pixel_km2() == pytest.approx(0.0304800610**2)
+    assert DEGREES.pixel_km2() is None
+
+
+def test_a_place_is_told_in_words():
+    words = quicklook.describe_place(UTM, (10, 20))
+    assert words == "20 x 10 px of 30 m, EPSG:32643, upper left 500,000 / 3,700,000"
+    assert quicklook.describe_place(None, (10, 20)) == "20 x 10 px, not georeferenced"
+
+
+@pytest.mark.parametrize("place", [UTM, DEGREES, None])
+@pytest.mark.parametrize("confidence", [None, np.full((10, 20), 0.7)])
+def test_a_quicklook_can_be_drawn_of_any_view(tmp_path, place, confidence):
+    figure = quicklook.draw_quicklook(some_view(place)._replace(confidence=confidence))
+    panels = [axis.get_title() for axis in figure.axes]
+    assert ("confidence: probability of the class shown" in panels) is (confidence is not None)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert bool(texts) is (place is UTM)  # the scale bar
+    assert quicklook.save_figure(figure, tmp_path / "deep" / "a.png").stat().st_size > 10_000
+
+
+def test_outlines_stop_at_nodata():
+    view = some_view()
+    lines = [line for line in draw_lines(view) if len(line)]
+    assert lines
+    assert min(line[:, 1].min() for line in lines) > 2  # the border of ice and nodata, at 1.5, is none
+
+
+def draw_lines(view):
+    """Return the outlines of a view as arrays (N, 2) of x and y."""
+    figure = quicklook.Figure()
+    axis = figure.subplots()
+    quicklook.draw_outlines(axis, view.classes, solution.valid_mask(view.image))
+    return [path for drawn in axis.collections for one in drawn.get_paths() for path in one.to_polygons()]
+
+
+def test_pictures_of_a_folder_and_their_order(sample, tmp_path, monkeypatch):
+    data, masks = sample
+    written = quicklook.write_quicklooks(data, tmp_path / "out", masks)
+    assert [path.name for path in written] == ["001.png", "002.png", "contact_sheet.png"]
+    assert all(cv2.imread(str(path)).shape[1] > 500 for path in written)
+    monkeypatch.setattr(quicklook, "TILES_A_SHEET", 1)
+    sheets = quicklook.write_quicklooks(data, tmp_path / "sheet.png", masks)
+    assert [path.name for path in sheets] == ["sheet.png", "sheet_2.png"]
+
+
+def test_the_same_tiles_give_the_same_bytes(sample, tmp_path):
+    first, again = (quicklook.write_quicklooks(*sample[:1], tmp_path / n, sample[1])[0] for n in ("a", "b"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_weights_give_the_masks_of_solution_and_their_confidence(sample):
+    tile = solution.find_tiles(sample[0])[0]
+    model = in_memory(random_network(seed=0), random_network(seed=1), views=2)
+    view = quicklook.open_view(tile, None, model)
+    assert (view.classes == solution.predict_classes(model, view.image).classes).all()
+    probs = quicklook.predict_probabilities(model, view.image)
+    valid = solution.valid_mask(view.image)
+    rows, columns = np.nonzero(valid)
+    np.testing.assert_allclose(view.confidence[valid], probs[view.classes[valid], rows, columns])
+    np.testing.assert_allclose(probs.sum(axis=0), 1, atol=1e-5)
+
+
+def test_command_draws_with_weights_alone(sample, tmp_path, capsys):
+    weights = write_model(tmp_path / "model.pth")
+    out = tmp_path / "pictures"
+    assert main(["preview", "--data", str(sample[0]), "--weights", str(weights), "--out", str(out)]) == 0
+    assert "contact_sheet.png: contact sheet; 3 pictures" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_said(sample, tmp_path, capsys):
+    assert main(["preview", "--data", str(sample[0]), "--out", str(tmp_path)]) == 2
+    assert "give --masks FOLDER, --weights model.pth, or both" in capsys.readouterr().err
+    with pytest.raises(solution.InputError, match=r"no mask for img001\.tif"):
+        quicklook.write_quicklooks(sample[0], tmp_path, tmp_path)
+
+
+def test_a_broken_tile_is_shown_white(sample, tmp_path, capsys):
+    write_tile(tmp_path / "data", "001", np.full((64, 64, 5), 30000.0))
+    (tmp_path / "data" / "Band3" / "img001.tif").unlink()
+    tile = solution.find_tiles(tmp_path / "data")[0]
+    view = quicklook.open_view(tile, sample[1], None)
+    assert (false_colour(view.image) == 255).all()
+    assert "its picture stays white" in capsys.readouterr().err
+
+
+def test_masks_are_found_by_tile_id_whatever_their_name(tmp_path):
+    tile = solution.TileFiles("02_07", "B2_B2_masked_02_07.tif", (None,) * 5)
+    cv2.imwrite(str(tmp_path / "prediction_02_07.png"), np.full((8, 8), 170, np.uint8))
+    assert (read_mask(tmp_path, tile) == 2).all()
+    cv2.imwrite(str(tmp_path / "prediction_02_07.png"), np.full((8, 8), 17, np.uint8))
+    with pytest.raises(solution.InputError, match="is no mask"):
+        read_mask(tmp_path, tile)

@@ -1,1 +1,0 @@
-"""One self-contained HTML page on out-of-fold predictions: scores, curves, pictures of every tile."""

@@ -1,0 +1,1 @@
+"""Reports on runs: tables in Markdown, and one self-contained HTML page."""
