@@ -10,6 +10,7 @@ import numpy as np
 from prep.store import TileRow
 
 FOLDS = 5
+KINDS_SHOWN = ("phase2", "partial")  # labels that tell clean ice from debris, all or in part
 RESTARTS = 200  # of the stratified search: 0.1 s; the real tiles need 30 to come within 1e-5 of the best
 CUT_ANGLES = np.deg2rad(np.arange(0, 180, 15))  # directions in which the spatial scheme cuts
 KM2_PER_PIXEL = 0.0009  # 30 m x 30 m
@@ -50,7 +51,7 @@ def stratified(tiles: Sequence[TileRow], seed: int) -> dict[str, int]:
     two tiles with labels of the same phase until none helps.
     """
     areas = _relative_areas(tiles)
-    phase2 = np.array([tile.labels == "phase2" for tile in tiles])
+    phase2 = np.array([tile.labels in KINDS_SHOWN for tile in tiles])
     random = np.random.default_rng(seed)
     deals = [_improve(_deal(phase2, random), areas, phase2) for _ in range(RESTARTS)]
     best = min(deals, key=lambda folds: (round(_imbalance(folds, areas), 9), folds.tolist()))
@@ -179,7 +180,7 @@ def _cuts(block: frozenset, folds: int, places: np.ndarray) -> Iterator[tuple[fr
 def format_table(scheme: str, fold_of: dict[str, int], tiles: Sequence[TileRow]) -> str:
     """Return a scheme as a text table: a fold's tiles, those with phase-2 labels, km2 of each code."""
     names = [name for name in tiles[0].counts if sum(tile.counts[name] for tile in tiles) > 0]
-    head = f"{'fold':<6}{'tiles':>6}{'phase2':>8}" + "".join(f"{name:>{_width(name)}}" for name in names)
+    head = f"{'fold':<6}{'tiles':>6}{'kinds':>8}" + "".join(f"{name:>{_width(name)}}" for name in names)
     lines = [f"{scheme} folds, km2 at 30 m a pixel", head]
     for fold in range(FOLDS):
         members = [tile for tile in tiles if fold_of[tile.tile_id] == fold]
@@ -191,7 +192,7 @@ def format_table(scheme: str, fold_of: dict[str, int], tiles: Sequence[TileRow])
 
 
 def _table_row(head: str, tiles: Sequence[TileRow], names: Sequence[str]) -> str:
-    phase2 = sum(tile.labels == "phase2" for tile in tiles)
+    phase2 = sum(tile.labels in KINDS_SHOWN for tile in tiles)
     areas = (sum(tile.counts[name] for tile in tiles) * KM2_PER_PIXEL for name in names)
     cells = "".join(f"{area:>{_width(name)}.1f}" for name, area in zip(names, areas))
     return f"{head:<6}{len(tiles):>6}{phase2:>8}{cells}"

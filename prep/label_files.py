@@ -13,9 +13,11 @@ import numpy as np
 from prep.labels import GLACIER_OR_DEBRIS
 from solution import CLASS_NAMES, CLASS_VALUES, MOST_PIXELS, TIFF_SUFFIXES, TileError, decode_tiff, tile_id
 
-PHASE_FOLDERS = ("label", "label_phase2")  # phase 2 is read where present
+# Label folders and what they hold, None to tell it by the values. Of two labels of a tile the later folder's is read.
+LABEL_FOLDERS: dict[str, Optional[str]] = {"label": None, "label_partial": "partial", "label_phase2": "phase2"}
 LABEL_SUFFIXES = (*TIFF_SUFFIXES, ".png")
-PHASES = ("phase1", "phase2")
+PHASES = ("phase1", "partial", "phase2")
+KIND_UNKNOWN = 127  # value of a glacier in label_partial/ whose kind nobody has mapped
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 LAKE_VALUE = CLASS_VALUES[CLASS_NAMES.index("lake")]
@@ -26,10 +28,12 @@ VALUE_CODES: dict[str, dict[int, int]] = {
     "phase1": {0: 0, 255: GLACIER_OR_DEBRIS},
     "phase2": {value: index for index, value in enumerate(CLASS_VALUES)},
 }
+VALUE_CODES["partial"] = {**VALUE_CODES["phase2"], KIND_UNKNOWN: GLACIER_OR_DEBRIS}
 SCHEMES = {
     "phase1": "0 (other) and 255 (glacier of either kind)",
     "phase2": ", ".join(f"{value} ({name})" for value, name in zip(CLASS_VALUES, CLASS_NAMES)),
 }
+SCHEMES["partial"] = f"{SCHEMES['phase2']}, {KIND_UNKNOWN} (glacier of unknown kind)"
 
 # Lakes cover 0.05 % of the published phase-2 area, glaciers of phase 1 14 to 52 % of a tile. A folder with
 # more "lake" than the first share and no glacier at all holds phase-1 labels. For one tile among genuine
@@ -102,7 +106,7 @@ def png_pixels(encoded: np.ndarray) -> int:
 
 
 class Labels(NamedTuple):
-    """The chosen labels: `files` and `phases` ("phase1", "phase2") by tile id, and `problems` found."""
+    """The chosen labels: `files` and `phases` (of PHASES) by tile id, and `problems` found."""
 
     files: dict[str, LabelFile]
     phases: dict[str, str]
@@ -113,13 +117,13 @@ def read_labels(folders: Sequence[Path], phase: Optional[str]) -> Labels:
     """Survey label folders, check their values, and choose each tile's label: of two the later folder's.
 
     Args:
-        folders: those that do not exist hold nothing; label/ goes before label_phase2/.
-        phase: of all but label_phase2/, which is always phase 2; None to tell it by the values.
+        folders: those that do not exist hold nothing; LABEL_FOLDERS in its order.
+        phase: of a folder whose name does not tell it; None to tell it by the values.
     """
     found = Labels({}, {}, [])
     for folder in folders:
         surveyed, problems = survey(folder)
-        scheme = "phase2" if folder.name == PHASE_FOLDERS[1] else phase or detect_phase(surveyed)
+        scheme = LABEL_FOLDERS.get(folder.name) or phase or detect_phase(surveyed)
         problems += scheme_problems(surveyed, scheme)
         if scheme == "phase2":
             problems += disguise_problems(surveyed)

@@ -36,7 +36,7 @@ class TileRow(NamedTuple):
     """One row of tiles.csv.
 
     `row`, `col`: place in the grid that a tile id `row_col` states, None where the id states none.
-    `labels`: "phase1", "phase2" or "hkh". `valid_share`: share (0-1) of pixels with a value in some band.
+    `labels`: "phase1", "partial", "phase2" or "hkh". `valid_share`: share (0-1) of pixels with a value in some band.
     `counts`: pixels per code, keyed by the names in `prep.labels.CODE_NAMES`.
     """
 
@@ -80,7 +80,7 @@ class TileStore:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Return {tile_id: "phase1", "phase2" or "hkh"}: what the label of each tile is of."""
+        """Return {tile_id: "phase1", "partial", "phase2" or "hkh"}: what the label of each tile is of."""
         return {tile.tile_id: tile.labels for tile in self.tiles}
 
     def fold_of(self, scheme: str) -> dict[str, int]:
