@@ -83,6 +83,15 @@ def read_mask(masks: Path, tile: TileFiles) -> np.ndarray:
     return label_files.to_codes(pixels, "phase2")
 
 
+def refuse_other_size(mask: np.ndarray, shape: Sequence[int], masks: Path, tile: TileFiles) -> None:
+    """Raise InputError where a tile's mask, found in the folder `masks`, has another size than its bands."""
+    if mask.shape != tuple(shape):
+        raise InputError(
+            f"{masks}: the mask of tile {tile.tile_id} has {mask.shape[1]} x {mask.shape[0]} px, expected "
+            f"{shape[1]} x {shape[0]} px as in {tile.name}; write it at that size"
+        )
+
+
 def find_masks(folder: Path) -> dict[str, Path]:
     """Return {tile id: file} of a folder of masks; a folder that does not exist has none.
 

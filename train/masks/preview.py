@@ -15,24 +15,19 @@ from prep.labels import IGNORE
 from solution import (
     BANDS,
     CLASS_NAMES,
-    LARGEST_TILE,
+    WINDOW,
+    InputError,
     Model,
-    TileError,
     TileFiles,
-    clean_classes,
-    decide_classes,
     find_tiles,
     load_model,
-    predict_scene,
-    predict_window,
     prepare_torch,
-    read_tile,
     usable_cores,
     valid_mask,
     warn,
 )
-from train.masks.files import read_mask
-from train.masks.georeference import Georeference, tile_georeference
+from train.masks.files import read_mask, refuse_other_size
+from train.masks.georeference import Georeference, class_km2
 from train.masks.pictures import (
     CODE_COLOURS,
     OUTLINE_COLOURS,
@@ -42,6 +37,15 @@ from train.masks.pictures import (
     false_colour,
     paint_codes,
     save_figure,
+)
+from train.masks.scene import Scene, read_rows, tile_scene
+from train.masks.strips import (
+    NODATA,
+    STEPS,
+    class_confidence,
+    finish_classes,
+    picture_step,
+    predict_strips,
 )
 from train.objective import DEBRIS, GLACIER, LAKE, OTHER
 
@@ -53,10 +57,12 @@ SHOWN_CODES = (OTHER, GLACIER, DEBRIS, LAKE, IGNORE)
 
 
 class View(NamedTuple):
-    """All that a picture of a tile shows.
+    """All that a picture of a tile shows; of a large one, every n-th pixel, so that none is held as a whole.
 
-    `image`: (H, W, 5) physical units, NaN where nodata. `classes`: (H, W) class indices. `confidence`: (H, W)
+    `image`: (h, w, 5) physical units, NaN where nodata. `classes`: (h, w) class indices. `confidence`: (h, w)
     probability (0-1) of the class shown; None where only a mask is known. `place`: None without georeference.
+    `shape`: (H, W) of the whole tile; `pixels` and `km2`: (256,), what each class, and IGNORE for nodata,
+    covers of it; `km2` is None where that is not known.
     """
 
     tile_id: str
@@ -64,6 +70,9 @@ class View(NamedTuple):
     classes: np.ndarray
     confidence: Optional[np.ndarray]
     place: Optional[Georeference]
+    shape: tuple[int, int]
+    pixels: np.ndarray
+    km2: Optional[np.ndarray]
 
 
 # --- What is shown --------------------------------------------------------------------------------
@@ -79,38 +88,53 @@ def open_view(tile: TileFiles, masks: Optional[Path], model: Optional[Model]) ->
     """
     mask = read_mask(masks, tile) if masks else None
     try:
-        image = read_tile(tile)
-    except TileError as error:
+        scene = tile_scene(tile)
+        image, decided, probabilities = _look(scene, model)
+    except InputError as error:
         warn(f"{error}; its picture stays white")
         blank = np.zeros((64, 64), np.uint8) if mask is None else mask
-        return View(tile.tile_id, np.full((*blank.shape, len(BANDS)), np.nan), blank, None, None)
-    probs = predict_probabilities(model, image) if model else None
+        image = np.full((*blank.shape, len(BANDS)), np.nan)
+        return View(tile.tile_id, image, blank, None, None, blank.shape, np.zeros(256, int), None)
     if mask is None:
-        assert model is not None and probs is not None, "neither masks nor weights"
-        steps = model.postprocess
-        mask = clean_classes(decide_classes(probs), valid_mask(image), steps.min_speck, steps.min_hole)
-    confidence = np.take_along_axis(probs, mask[None].astype(int), axis=0)[0] if probs is not None else None
-    return View(tile.tile_id, image, mask, confidence, tile_georeference(tile))
+        assert model is not None, "neither masks nor weights"
+        mask = finish_classes(model, decided)
+    if masks:
+        refuse_other_size(mask, scene.shape, masks, tile)
+    codes = np.where(decided == NODATA, np.uint8(IGNORE), mask)
+    pixels, km2 = np.bincount(codes.ravel(), minlength=256), class_km2(codes, scene.place)
+    small = np.where(codes == IGNORE, 0, codes)[:: picture_step(scene), :: picture_step(scene)]
+    sure = class_confidence(probabilities, small) / STEPS if probabilities is not None else None
+    return View(tile.tile_id, image, small, sure, scene.place, scene.shape, pixels, km2)
 
 
-def predict_probabilities(model: Model, image: np.ndarray) -> np.ndarray:
-    """Return the class probabilities (4, H, W) of an image (H, W, 5) after all passes, bias and CRF."""
-    fits = max(image.shape[:2]) <= LARGEST_TILE
-    probs = (predict_window if fits else predict_scene)(model, image).probs
-    return probs / probs.sum(axis=0, keepdims=True)
+def _look(scene: Scene, model: Optional[Model]) -> tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]:
+    """Return every n-th pixel of a scene's bands; the classes (H, W) that the model decides on, 0 without
+    one, NODATA where nothing was measured; every n-th pixel's probabilities (4, h, w), None without one."""
+    step = picture_step(scene)
+    if model:
+        strips = [
+            strip._replace(probabilities=strip.probabilities[:, -strip.top % step :: step, ::step].copy())
+            for strip in predict_strips(model, scene)
+        ]
+        parts = [(strip.picture, strip.classes) for strip in strips]
+        probabilities = np.concatenate([strip.probabilities for strip in strips], axis=1)
+    else:
+        parts, probabilities = [], None
+        for top in range(0, scene.shape[0], WINDOW):
+            image = read_rows(scene, top, min(top + WINDOW, scene.shape[0]))
+            seen = np.where(valid_mask(image), np.uint8(0), np.uint8(NODATA))
+            parts.append((image[-top % step :: step, ::step].copy(), seen))
+    image, decided = (np.concatenate(pieces) for pieces in zip(*parts))
+    return image, decided, probabilities
 
 
 def class_areas(view: View) -> list[list[str]]:
     """Return rows of class, km² and share of the pixels with data; km² only where the tile has a place."""
-    valid = valid_mask(view.image)
-    counts = np.bincount(view.classes[valid], minlength=len(CLASS_NAMES))
-    pixel = view.place.pixel_km2() if view.place else None
-    named = [*zip(CLASS_NAMES, counts), ("nodata", np.count_nonzero(~valid))]
     rows = []
-    for name, count in named:
-        area = "–" if pixel is None else f"{count * pixel:,.1f}"
-        share = "" if name == "nodata" else f"{count / max(1, counts.sum()):.1%}"
-        rows.append([name, area, share])
+    for name, code in [*zip(CLASS_NAMES, range(len(CLASS_NAMES))), ("nodata", IGNORE)]:
+        area = "–" if view.km2 is None else f"{view.km2[code]:,.1f}"
+        share = f"{view.pixels[code] / max(1, view.pixels[:IGNORE].sum()):.1%}"
+        rows.append([name, area, "" if code == IGNORE else share])
     return rows
 
 
@@ -119,10 +143,12 @@ def describe_place(place: Optional[Georeference], shape: Sequence[int]) -> str:
     size = f"{shape[1]} x {shape[0]} px"
     if place is None:
         return f"{size}, not georeferenced"
-    width = place.pixel_km()
-    metres = f" of {1000 * width:g} m" if width else ""
+    width = place.pixel_km(shape)
+    metres = f" of {1000 * width:.0f} m" if width else ""
     name = place.crs.to_string() if place.crs.to_epsg() else "a system without EPSG code"
-    return f"{size}{metres}, {name}, upper left {place.transform.c:,.0f} / {place.transform.f:,.0f}"
+    digits = 4 if place.crs.is_geographic else 0
+    corner = f"{place.transform.c:,.{digits}f} / {place.transform.f:,.{digits}f}"
+    return f"{size}{metres}, {name}, upper left {corner}"
 
 
 # --- One tile -------------------------------------------------------------------------------------
@@ -147,7 +173,7 @@ def draw_quicklook(view: View) -> Figure:
         axis.set_axis_off()
     _draw_facts(axes["F"], view)
     _draw_scale_bar(axes["A"], view)
-    figure.suptitle(f"{view.tile_id}: {describe_place(view.place, view.classes.shape)}", fontsize=14)
+    figure.suptitle(f"{view.tile_id}: {describe_place(view.place, view.shape)}", fontsize=14)
     return figure
 
 
@@ -209,10 +235,11 @@ def _outline_handles(classes: np.ndarray) -> list[Line2D]:
 
 def _draw_scale_bar(axis: Any, view: View) -> None:
     """Draw a bar of a round number of km, about a fifth of the tile's width; none without a georeference."""
-    pixel = view.place.pixel_km() if view.place else None
+    pixel = view.place.pixel_km(view.shape) if view.place else None
     if pixel is None:
         return
     height, width = view.classes.shape
+    pixel *= view.shape[1] / width
     fifth = width * pixel / 5
     length = max((step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if step <= fifth), default=fifth)
     left, bottom, pixels = 0.04 * width, 0.95 * height, length / pixel
@@ -235,17 +262,17 @@ class Thumbnail(NamedTuple):
 def make_thumbnail(view: View, side: int = 256) -> Thumbnail:
     """Return a view with every n-th pixel, so that its longer side has about `side` or less."""
     step = -(-max(view.classes.shape) // side)
-    small = View(view.tile_id, view.image[::step, ::step], view.classes[::step, ::step], None, None)
-    return Thumbnail(small, _glacier_area(view))
+    small = view._replace(
+        image=view.image[::step, ::step].copy(), classes=view.classes[::step, ::step].copy()
+    )
+    return Thumbnail(small._replace(confidence=None), _glacier_area(view))
 
 
 def _glacier_area(view: View) -> str:
-    valid = valid_mask(view.image)
-    inside = np.isin(view.classes, (GLACIER, DEBRIS)) & valid
-    pixel = view.place.pixel_km2() if view.place else None
-    if pixel is None:
-        return f"{inside.sum() / max(1, valid.sum()):.0%} glacier"
-    return f"{inside.sum() * pixel:,.1f} km² glacier"
+    if view.km2 is None:
+        share = view.pixels[[GLACIER, DEBRIS]].sum() / max(1, view.pixels[:IGNORE].sum())
+        return f"{share:.0%} glacier"
+    return f"{view.km2[[GLACIER, DEBRIS]].sum():,.1f} km² glacier"
 
 
 def draw_contact_sheet(thumbnails: Sequence[Thumbnail]) -> Figure:

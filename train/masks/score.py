@@ -27,6 +27,7 @@ from train.objective import (
     score_tiles,
 )
 
+LABEL_FOLDERS = ("label", "label_phase2")  # of a tile that has both, phase 2 is taken
 TASKS = ("four_class", "binary")
 TASK_NAMES = {"four_class": "four classes", "binary": "glacier extent"}
 
@@ -98,7 +99,7 @@ def read_label_set(folder: Path, phase: Optional[str]) -> Labels:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected label files, or label/ and label_phase2/")
-    inside = [folder / name for name in label_files.PHASE_FOLDERS if (folder / name).is_dir()]
+    inside = [folder / name for name in LABEL_FOLDERS if (folder / name).is_dir()]
     labels = label_files.read_labels(inside or [folder], phase)
     raise_problems(labels.problems)
     if not labels.files:

@@ -1,5 +1,6 @@
 """Pictures of tiles: what they say of areas and places, what they need, and one file a tile."""
 
+import argparse
 from pathlib import Path
 
 import cv2
@@ -7,14 +8,15 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from support import in_memory, random_network, write_model, write_tile
+from masks_helpers import textured_numbers, tiny_model, write_tiny_model
+from support import write_tile
 
 import solution
 from prep.synthetic.scenes import write_sample
-from train.__main__ import main
+from train.masks import command
 from train.masks import preview as quicklook
 from train.masks.files import read_mask
-from train.masks.georeference import Georeference
+from train.masks.georeference import Georeference, class_km2
 from train.masks.pictures import false_colour
 
 UTM = Georeference(rasterio.crs.CRS.from_epsg(32643), Affine(30, 0, 500000, 0, -30, 3700000))
@@ -40,35 +42,29 @@ def some_view(place=UTM) -> quicklook.View:
     image[:2] = np.nan
     classes = np.zeros((10, 20), np.uint8)
     classes[2], classes[3], classes[4] = 1, 2, 3
-    return quicklook.View("01_01", image, classes, None, place)
+    codes = np.where(np.isnan(image[..., 0]), np.uint8(255), classes)
+    pixels = np.bincount(codes.ravel(), minlength=256)
+    return quicklook.View("01_01", image, classes, None, place, (10, 20), pixels, class_km2(codes, place))
 
 
 def test_areas_are_those_of_the_pixels():
-    rows = {row[0]: row[1:] for row in quicklook.class_areas(some_view()._replace())}
+    rows = {row[0]: row[1:] for row in quicklook.class_areas(some_view())}
     assert rows["glacier"] == [f"{20 * 0.0009:.1f}", "12.5%"]
-    wide = some_view(UTM._replace(transform=Affine(1000, 0, 0, 0, -1000, 0)))
-    rows = {row[0]: row[1:] for row in quicklook.class_areas(wide)}
-    assert rows == {
-        "other": ["100.0", "62.5%"],
-        "glacier": ["20.0", "12.5%"],
-        "debris": ["20.0", "12.5%"],
-        "lake": ["20.0", "12.5%"],
-        "nodata": ["40.0", ""],
-    }
+    wide = some_view(UTM._replace(transform=Affine(1000, 0, 500000, 0, -1000, 3700000)))
+    assert wide.km2[[0, 1, 2, 3, 255]] == pytest.approx([100, 20, 20, 20, 40], rel=2e-3)
 
 
-@pytest.mark.parametrize("place", [None, DEGREES])
-def test_without_metres_there_are_shares_only(place):
-    rows = quicklook.class_areas(some_view(place))
+def test_without_a_place_there_are_shares_only():
+    rows = quicklook.class_areas(some_view(None))
     assert {row[1] for row in rows} == {"–"}
-    assert quicklook.make_thumbnail(some_view(place)).area == "25% glacier"
+    assert quicklook.make_thumbnail(some_view(None)).area == "25% glacier"
 
 
-def test_a_pixel_is_as_large_as_its_tags_say():
-    assert UTM.pixel_km2() == pytest.approx(0.0009)
-    feet = Georeference(rasterio.crs.CRS.from_epsg(2263), Affine(100, 0, 0, 0, -100, 0))  # US survey feet
-    assert feet.pixel_km2() == pytest.approx(0.0304800610**2)
-    assert DEGREES.pixel_km2() is None
+def test_a_pixel_is_as_large_as_it_is_on_the_ground():
+    assert UTM.pixel_km((10, 10)) == pytest.approx(0.03, rel=1e-3)
+    feet = Georeference(rasterio.crs.CRS.from_epsg(2263), Affine(100, 0, 984250, 0, -100, 200000))
+    assert feet.pixel_km((10, 10)) == pytest.approx(0.03048, rel=1e-3)
+    assert DEGREES.pixel_km((10, 10)) == pytest.approx(0.0934, rel=1e-2)  # a thousandth of a degree at 33 N
 
 
 def test_a_place_is_told_in_words():
@@ -84,7 +80,7 @@ def test_a_quicklook_can_be_drawn_of_any_view(tmp_path, place, confidence):
     panels = [axis.get_title() for axis in figure.axes]
     assert ("confidence: probability of the class shown" in panels) is (confidence is not None)
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert bool(texts) is (place is UTM)  # the scale bar
+    assert bool(texts) is (place is not None)  # the scale bar
     assert quicklook.save_figure(figure, tmp_path / "deep" / "a.png").stat().st_size > 10_000
 
 
@@ -118,28 +114,43 @@ def test_the_same_tiles_give_the_same_bytes(sample, tmp_path):
     assert first.read_bytes() == again.read_bytes()
 
 
-def test_weights_give_the_masks_of_solution_and_their_confidence(sample):
-    tile = solution.find_tiles(sample[0])[0]
-    model = in_memory(random_network(seed=0), random_network(seed=1), views=2)
-    view = quicklook.open_view(tile, None, model)
-    assert (view.classes == solution.predict_classes(model, view.image).classes).all()
-    probs = quicklook.predict_probabilities(model, view.image)
-    valid = solution.valid_mask(view.image)
-    rows, columns = np.nonzero(valid)
-    np.testing.assert_allclose(view.confidence[valid], probs[view.classes[valid], rows, columns])
-    np.testing.assert_allclose(probs.sum(axis=0), 1, atol=1e-5)
+@pytest.mark.parametrize("height", [64, 1100])
+def test_weights_give_the_masks_of_solution_and_their_confidence(tmp_path, height):
+    write_tile(tmp_path, "001", textured_numbers(height, 160))
+    tile = solution.find_tiles(tmp_path)[0]
+    model = tiny_model(views=1 if height > 64 else 2)
+    view, step = quicklook.open_view(tile, None, model), 1 + (height > 1024)
+    image = solution.read_tile(tile)
+    classes = solution.predict_classes(model, image).classes
+    assert (view.classes == classes[::step, ::step]).all()
+    np.testing.assert_array_equal(view.image, image[::step, ::step])
+    assert view.pixels[:4].sum() == solution.valid_mask(image).sum()
+    if height == 64:
+        probs, (rows, columns) = (
+            solution.predict_window(model, image).probs,
+            np.nonzero(solution.valid_mask(image)),
+        )
+        found = view.confidence[rows, columns]
+        np.testing.assert_allclose(found, probs[view.classes[rows, columns], rows, columns], atol=0.0021)
 
 
 def test_command_draws_with_weights_alone(sample, tmp_path, capsys):
-    weights = write_model(tmp_path / "model.pth")
+    weights = write_tiny_model(tmp_path / "model.pth")
     out = tmp_path / "pictures"
-    assert main(["preview", "--data", str(sample[0]), "--weights", str(weights), "--out", str(out)]) == 0
+    assert run("--data", sample[0], "--weights", weights, "--out", out) == 0
     assert "contact_sheet.png: contact sheet; 3 pictures" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_said(sample, tmp_path, capsys):
-    assert main(["preview", "--data", str(sample[0]), "--out", str(tmp_path)]) == 2
-    assert "give --masks FOLDER, --weights model.pth, or both" in capsys.readouterr().err
+def run(*arguments) -> int:
+    """Run `preview` with these arguments."""
+    parser = argparse.ArgumentParser()
+    command.add_preview_arguments(parser)
+    return command.run_preview(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_what_is_missing_is_said(sample, tmp_path):
+    with pytest.raises(solution.InputError, match="give --masks FOLDER, --weights model.pth, or both"):
+        run("--data", sample[0], "--out", tmp_path)
     with pytest.raises(solution.InputError, match=r"no mask for img001\.tif"):
         quicklook.write_quicklooks(sample[0], tmp_path, tmp_path)
 
