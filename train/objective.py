@@ -2,25 +2,35 @@
 
 A label code stands for a set of classes (`prep.labels.CODE_CLASSES`), so two scores are taken:
 
-- `binary`: glacier of either kind against the rest. Every code falls on one side of it, so all tiles count.
-- `four_class`: the competition's classes, on tiles with phase-2 labels only. A phase-1 tile has certain zeros
-  but no certain glacier, so its zeros alone would add a million easy pixels of one class to the score.
+- `binary`, the extent: glacier of either kind against the rest. Every code falls on one side of it, so all
+  tiles count.
+- `four_class`: the competition's classes, over pixels whose class is certain, on tiles whose labels tell
+  debris from ice (`CERTAIN_LABELS`). A phase-1 tile has certain zeros but no certain glacier, so its zeros
+  alone would add a million easy pixels of one class to the score.
 
 Does the official score count nodata pixels? The organisers score all pixels of a tile, label nodata 0, and
 the submission predicts 0 there. Each score is therefore given twice: `valid_pixels` leaves out those ignored,
 and `all_pixels` counts them as other, predicted as other, whatever the network said. The first compares
 models, the second is the one to hold against a leaderboard.
+
+A score's doubt is that of its pixels' places: a tile is counted in blocks of about 3 km, and blocks are drawn
+again with replacement. Blocks count as independent; they are not wholly so within a tile, so an interval says
+little about regions that no tile shows.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple, Sequence
+import json
+from functools import lru_cache
+from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from prep.labels import CODE_CLASSES, CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
-from solution import CLASS_NAMES
+from prep.store import TileStore
+from solution import BANDS, CLASS_NAMES, WINDOW, build_network
 
 N_CODES = len(CODE_CLASSES)
 N_CLASSES = len(CLASS_NAMES)
@@ -28,31 +38,56 @@ OTHER, GLACIER, DEBRIS, LAKE = range(N_CLASSES)
 GLACIER_CODES = (GLACIER, DEBRIS, GLACIER_OR_DEBRIS)
 REST_CODES = (OTHER, LAKE, OTHER_OR_LAKE)
 BINARY_NAMES = ("rest", "glacier_any")
+CERTAIN_LABELS = ("phase2", "partial")  # labels of tiles that the four-class score is taken on
+BLOCK = 100  # px, 3 km: the side that a block comes closest to
+DRAWS, SEED = 1000, 0  # of the bootstrap
+INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 
 
 class TileCounts(NamedTuple):
     """What one tile adds to a score.
 
-    `confusion`: (6, 4) int64, rows label codes, columns predicted classes. `ignored`: pixels without a label.
-    `labels`: "phase1" or "phase2".
+    `labels`: "phase1", "phase2", "partial" or "hkh". `blocks`: (B, 6, 4) int64, for each block rows of label
+    codes and columns of predicted classes. `ignored`: pixels without a label.
     """
 
     tile_id: str
     fold: int
     labels: str
-    confusion: np.ndarray
+    blocks: np.ndarray
     ignored: int
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """The counts of the whole tile, (6, 4) int64."""
+        return self.blocks.sum(axis=0)
+
+
+class Interval(NamedTuple):
+    """A value and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# --- Counting -----------------------------------------------------------------------------------------------
 
 
 def confusion_matrix(codes: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Count label code against predicted class.
+    """Count label code against predicted class: `count_blocks` added up, (6, 4) int64."""
+    return count_blocks(codes, predicted).sum(axis=0)
+
+
+def count_blocks(codes: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Count label code against predicted class in each block.
 
     Args:
         codes: label codes of any shape, 0-5, or 255 where the pixel is ignored.
         predicted: class indices 0-3, of the same shape.
 
     Returns:
-        (6, 4) int64 counts; rows are codes, columns classes. Matrices of several tiles pool by addition.
+        (B, 6, 4) int64 counts; rows are codes, columns classes. Counts pool by addition.
 
     Raises:
         ValueError: shapes differ, or a value is neither a code nor a class.
@@ -62,82 +97,43 @@ def confusion_matrix(codes: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"labels have shape {codes.shape}, predictions {predicted.shape}; they must be equal"
         )
+    numbers = block_numbers(codes.shape)
+    n_blocks = int(numbers.max(initial=0)) + 1
     labelled = codes != IGNORE
     codes, predicted = codes[labelled].astype(np.int64), predicted[labelled].astype(np.int64)
     _require_range("label codes", codes, N_CODES)
     _require_range("predicted classes", predicted, N_CLASSES)
-    counts = np.bincount(codes * N_CLASSES + predicted, minlength=N_CODES * N_CLASSES)
-    return counts.reshape(N_CODES, N_CLASSES).astype(np.int64)
+    places = (numbers[labelled] * N_CODES + codes) * N_CLASSES + predicted
+    counts = np.bincount(places, minlength=n_blocks * N_CODES * N_CLASSES)
+    return counts.reshape(n_blocks, N_CODES, N_CLASSES).astype(np.int64)
 
 
-def binary(confusion: np.ndarray) -> np.ndarray:
-    """Reduce (6, 4) coded counts to (2, 2): index 1 is glacier of either kind, index 0 the rest."""
-    rows = np.stack(
-        [confusion[list(REST_CODES)].sum(axis=0), confusion[list(GLACIER_CODES)].sum(axis=0)]
-    )  # (2, 4)
-    return np.stack([rows[:, [OTHER, LAKE]].sum(axis=1), rows[:, [GLACIER, DEBRIS]].sum(axis=1)], axis=1)
-
-
-def four_class(confusion: np.ndarray) -> np.ndarray:
-    """Return the (4, 4) rows of certain labels of (6, 4) coded counts of tiles with phase-2 labels."""
-    return confusion[:N_CLASSES]
-
-
-def mcc(confusion: np.ndarray) -> float:
-    """Return the multiclass Matthews correlation (Gorodkin 2004) of (K, K) counts.
-
-    The sums are exact Python integers: their products exceed 64 bits for a few tiles. 0 where it is undefined
-    (one class only among labels or predictions, or no pixels), as in scikit-learn.
-    """
-    counts = [[int(value) for value in row] for row in confusion]
-    labelled = [sum(row) for row in counts]
-    predicted = [sum(column) for column in zip(*counts)]
-    correct, total = sum(row[index] for index, row in enumerate(counts)), sum(labelled)
-    covariance = correct * total - sum(t * p for t, p in zip(labelled, predicted))
-    variances = (total**2 - sum(t * t for t in labelled)) * (total**2 - sum(p * p for p in predicted))
-    return covariance / math.sqrt(variances) if variances else 0.0
-
-
-def iou(confusion: np.ndarray) -> np.ndarray:
-    """Return intersection over union per class of (K, K) counts, float64; NaN for a class that is nowhere."""
-    hits = np.diag(confusion)
-    return _ratio(hits, confusion.sum(axis=0) + confusion.sum(axis=1) - hits)
-
-
-def precision(confusion: np.ndarray) -> np.ndarray:
-    """Return the share of each predicted class that is right, (K,) float64; NaN where none is predicted."""
-    return _ratio(np.diag(confusion), confusion.sum(axis=0))
-
-
-def recall(confusion: np.ndarray) -> np.ndarray:
-    """Return the share of each labelled class that is found, (K,) float64; NaN for a class without labels."""
-    return _ratio(np.diag(confusion), confusion.sum(axis=1))
+def block_numbers(shape: Sequence[int]) -> np.ndarray:
+    """Return the number of each pixel's block, int64; a tile of 512 x 512 px has 5 x 5 alike."""
+    numbers = np.zeros((), np.int64)
+    for length in shape:
+        parts = max(1, round(length / BLOCK))
+        numbers = np.add.outer(numbers * parts, np.arange(length) * parts // max(1, length))
+    return numbers
 
 
 def count_tile(tile_id: str, fold: int, labels: str, codes: np.ndarray, predicted: np.ndarray) -> TileCounts:
     """Count one tile: `codes` (H, W) label codes, `predicted` (H, W) class indices."""
     ignored = int(np.count_nonzero(np.asarray(codes) == IGNORE))
-    return TileCounts(tile_id, fold, labels, confusion_matrix(codes, predicted), ignored)
+    return TileCounts(tile_id, fold, labels, count_blocks(codes, predicted), ignored)
 
 
-def score_tiles(tiles: Sequence[TileCounts]) -> dict:
-    """Score the pooled pixels of some tiles: all of them, those of a fold, or a single one.
-
-    Returns:
-        {"valid_pixels": {"binary": s, "four_class": s}, "all_pixels": the same with ignored pixels as correct
-        other}, where s is {"mcc", "iou", "precision", "recall"} (the last three keyed by class) and None for
-        four_class where no tile has phase-2 labels. Undefined ratios are None: the dict is valid JSON.
-    """
-    phase2 = [tile for tile in tiles if tile.labels == "phase2"]
-    return {
-        "valid_pixels": _both_scores(pool(tiles), pool(phase2), len(phase2)),
-        "all_pixels": _both_scores(pool_all_pixels(tiles), pool_all_pixels(phase2), len(phase2)),
-    }
-
-
-def jackknife_error(without: Sequence[float]) -> float:
-    """Return the standard error of a score from what it is without each tile in turn; NaN below two tiles."""
-    return float(np.std(without) * np.sqrt(len(without) - 1)) if len(without) > 1 else math.nan
+def count_tiles(
+    store: TileStore,
+    tile_ids: Iterable[str],
+    predict: Callable[[str], np.ndarray],
+    fold_of: Mapping[str, int],
+) -> list[TileCounts]:
+    """Count tiles of a store; `predict` returns the class indices (H, W) of a tile by its id."""
+    labels = store.labels
+    return [
+        count_tile(name, fold_of[name], labels[name], store.mask(name), predict(name)) for name in tile_ids
+    ]
 
 
 def pool(tiles: Sequence[TileCounts]) -> np.ndarray:
@@ -152,9 +148,153 @@ def pool_all_pixels(tiles: Sequence[TileCounts]) -> np.ndarray:
     return confusion
 
 
+def with_certain_labels(tiles: Iterable[TileCounts]) -> list[TileCounts]:
+    """Return the tiles that the four-class score is taken on."""
+    return [tile for tile in tiles if tile.labels in CERTAIN_LABELS]
+
+
 def code_names() -> tuple[str, ...]:
     """Return the names of the confusion matrix's rows, in their order."""
     return tuple(CODE_NAMES[code] for code in range(N_CODES))
+
+
+# --- Scores of counts; counts may have any number of leading axes -------------------------------------------
+
+
+def binary(confusion: np.ndarray) -> np.ndarray:
+    """Reduce (..., 6, 4) coded counts to (..., 2, 2): index 1 is glacier of either kind, index 0 the rest."""
+    sides = [confusion[..., codes, :].sum(axis=-2) for codes in (REST_CODES, GLACIER_CODES)]
+    rows = np.stack(sides, axis=-2)  # (..., 2, 4)
+    return np.stack([rows[..., kind].sum(axis=-1) for kind in ((OTHER, LAKE), (GLACIER, DEBRIS))], axis=-1)
+
+
+def four_class(confusion: np.ndarray) -> np.ndarray:
+    """Return the (..., 4, 4) rows of certain labels of (..., 6, 4) coded counts."""
+    return confusion[..., :N_CLASSES, :]
+
+
+def mcc(confusion: np.ndarray) -> float:
+    """Return `correlations` of one matrix of (K, K) counts."""
+    return float(correlations(confusion))
+
+
+def correlations(confusion: np.ndarray) -> np.ndarray:
+    """Return the multiclass Matthews correlation (Gorodkin 2004) of (..., K, K) counts, (...) float64.
+
+    0 where it is undefined (one class only among labels or predictions, or no pixels), as in scikit-learn.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)  # products of sums exceed 64-bit integers
+    labelled, predicted = counts.sum(axis=-1), counts.sum(axis=-2)
+    total, correct = labelled.sum(axis=-1), np.trace(counts, axis1=-2, axis2=-1)
+    covariance = correct * total - (labelled * predicted).sum(axis=-1)
+    spread = [total**2 - (sums**2).sum(axis=-1) for sums in (labelled, predicted)]
+    product = np.asarray(spread[0] * spread[1])
+    return np.divide(covariance, np.sqrt(product), out=np.zeros(product.shape), where=product > 0)
+
+
+def iou(confusion: np.ndarray) -> np.ndarray:
+    """Return intersection over union by class of (..., K, K) counts; NaN for a class that is nowhere."""
+    hits = _hits(confusion)
+    return _ratio(hits, confusion.sum(axis=-2) + confusion.sum(axis=-1) - hits)
+
+
+def precision(confusion: np.ndarray) -> np.ndarray:
+    """Return the share of each predicted class that is right, (..., K); NaN where none is predicted."""
+    return _ratio(_hits(confusion), confusion.sum(axis=-2))
+
+
+def recall(confusion: np.ndarray) -> np.ndarray:
+    """Return the share of each labelled class that is found, (..., K); NaN for a class without labels."""
+    return _ratio(_hits(confusion), confusion.sum(axis=-1))
+
+
+def debris_iou(confusion: np.ndarray) -> np.ndarray:
+    """Return the IoU of debris over pixels of certain class, of (..., 6, 4) counts; NaN without debris."""
+    return iou(four_class(confusion))[..., DEBRIS]
+
+
+def score_tiles(tiles: Sequence[TileCounts]) -> dict:
+    """Score the pooled pixels of some tiles: all of them, those of a fold, or a single one.
+
+    Returns:
+        {"valid_pixels": {"binary": s, "four_class": s}, "all_pixels": the same with ignored pixels as correct
+        other}, where s is {"mcc", "iou", "precision", "recall"} (the last three keyed by class) and None for
+        four_class where no tile has certain labels. Undefined ratios are None: the dict is valid JSON.
+    """
+    certain = with_certain_labels(tiles)
+    return {
+        "valid_pixels": _both_scores(pool(tiles), pool(certain), len(certain)),
+        "all_pixels": _both_scores(pool_all_pixels(tiles), pool_all_pixels(certain), len(certain)),
+    }
+
+
+# --- The doubt of a score -----------------------------------------------------------------------------------
+
+# The scores that are given with an interval: what each is of (6, 4) counts, and of which tiles.
+HEADLINES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[Iterable[TileCounts]], list]]] = {
+    "extent MCC": (lambda counts: correlations(binary(counts)), list),
+    "four-class MCC": (lambda counts: correlations(four_class(counts)), with_certain_labels),
+    "debris IoU": (debris_iou, with_certain_labels),
+}
+
+
+def resample(tiles: Sequence[TileCounts]) -> np.ndarray:
+    """Return the pooled counts of `DRAWS` draws of the tiles' blocks with replacement, (draws, 6, 4) int64.
+
+    The same tiles in the same order give the same draws: those of two models are pairs.
+    """
+    blocks = np.concatenate([tile.blocks for tile in tiles])
+    shares = np.full(len(blocks), 1 / len(blocks))
+    times = np.random.default_rng(SEED).multinomial(len(blocks), shares, DRAWS)  # (draws, B)
+    return np.tensordot(times, blocks, axes=1)
+
+
+def score_intervals(tiles: Sequence[TileCounts]) -> dict[str, Interval | None]:
+    """Return each of `HEADLINES` over valid pixels with its bootstrap interval; None where undefined."""
+    return {
+        name: _interval(score(pool(chosen)), score(resample(chosen))) if (chosen := choose(tiles)) else None
+        for name, (score, choose) in HEADLINES.items()
+    }
+
+
+def difference_intervals(
+    tiles: Sequence[TileCounts], others: Sequence[TileCounts]
+) -> dict[str, Interval | None]:
+    """Return `tiles` less `others`, the counts of another model, in each of `HEADLINES`; the draws are pairs.
+
+    Both are of the same tiles in the same order. None where a score is undefined.
+    """
+    if [tile.tile_id for tile in tiles] != [tile.tile_id for tile in others]:
+        raise ValueError("the two models are counted on different tiles; expected the same in the same order")
+    differences: dict[str, Interval | None] = {}
+    for name, (score, choose) in HEADLINES.items():
+        pair = choose(tiles), choose(others)
+        pooled, drawn = ([score(count(side)) for side in pair if side] for count in (pool, resample))
+        differences[name] = _interval(pooled[0] - pooled[1], drawn[0] - drawn[1]) if pooled else None
+    return differences
+
+
+def _interval(value: np.ndarray, drawn: np.ndarray) -> Interval | None:
+    if not np.isfinite(value):
+        return None
+    low, high = np.nanpercentile(drawn, INTERVAL)
+    return Interval(float(value), float(low), float(high))
+
+
+# --- The work of a network ----------------------------------------------------------------------------------
+
+
+def count_gmac(arch: Mapping) -> float:
+    """Return the 10^9 multiply-adds of a network's pass over a tile of 512 x 512 px."""
+    return _count_gmac(json.dumps(arch, sort_keys=True))
+
+
+@lru_cache(maxsize=None)
+def _count_gmac(arch: str) -> float:
+    network = build_network(json.loads(arch)).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, len(BANDS), WINDOW, WINDOW))
+    return counter.get_total_flops() / 2 / 1e9  # it counts a multiplication and an addition as two
 
 
 def _both_scores(confusion: np.ndarray, certain: np.ndarray, n_certain: int) -> dict:
@@ -172,8 +312,12 @@ def _scores(confusion: np.ndarray, names: Sequence[str]) -> dict:
     }
 
 
+def _hits(confusion: np.ndarray) -> np.ndarray:
+    return np.diagonal(confusion, axis1=-2, axis2=-1)
+
+
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
 
 
 def _require_range(what: str, values: np.ndarray, end: int) -> None:

@@ -1,4 +1,4 @@
-"""Scores are those of scikit-learn where it has them; sets, ignored pixels and gaps count as documented."""
+"""Scores are those of scikit-learn where it has them; sets, ignored pixels, gaps and doubt are as documented."""
 
 import json
 
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import jaccard_score, matthews_corrcoef, precision_score, recall_score
+from train_helpers import make_store
 
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
+from prep.store import TileStore
 from train import objective as metrics
 
 
@@ -167,3 +169,105 @@ def test_code_names_follow_the_rows():
         "glacier_or_debris",
         "other_or_lake",
     )
+
+
+def test_partial_labels_score_four_classes_on_their_certain_pixels():
+    rng = np.random.default_rng(5)
+    codes, predicted = rng.choice([0, 1, 2, 4, IGNORE], 900), rng.integers(0, 4, 900)
+    certain = codes < 4
+    phase1 = metrics.count_tile("x", 0, "phase1", np.zeros(900, int), predicted)
+    scores = metrics.score_tiles([metrics.count_tile("y", 0, "partial", codes, predicted), phase1])
+    four = scores["valid_pixels"]["four_class"]
+    assert four["mcc"] == pytest.approx(matthews_corrcoef(codes[certain], predicted[certain]))
+    ious = jaccard_score(codes[certain], predicted[certain], average=None)
+    confusion = metrics.confusion_matrix(codes, predicted)
+    assert four["iou"]["debris"] == metrics.debris_iou(confusion) == pytest.approx(ious[2])
+
+
+# --- Blocks and intervals -----------------------------------------------------------------------------------
+
+
+def test_a_tile_is_25_blocks_of_three_kilometres_that_add_up_to_it():
+    rng = np.random.default_rng(0)
+    codes, predicted = rng.integers(0, 6, (512, 512)), rng.integers(0, 4, (512, 512))
+    blocks = metrics.count_blocks(codes, predicted)
+    assert blocks.shape == (25, 6, 4)
+    assert set(np.sqrt(blocks.sum(axis=(1, 2))).round().astype(int)) <= {102, 103}
+    corner = metrics.confusion_matrix(codes[:103, 410:], predicted[:103, 410:])  # rows count before columns
+    np.testing.assert_array_equal(blocks[4], corner)
+    np.testing.assert_array_equal(blocks.sum(axis=0), metrics.confusion_matrix(codes, predicted))
+    assert metrics.block_numbers((40, 250)).max() == 1, "1 x 2 blocks"
+
+
+def noisy_tile(seed, right, labels="phase2", size=400):
+    """Return the counts of a tile in blocks of 100 px; a pixel is predicted right with the chance of its block."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 3, (size, size))
+    chance = np.clip(right + rng.normal(0, 0.1, 16), 0, 1)[metrics.block_numbers(codes.shape)]
+    draw = np.random.default_rng(seed + 100)
+    predicted = np.where(draw.random(codes.shape) < chance, codes, draw.integers(0, 4, codes.shape))
+    return metrics.count_tile(f"{seed}", 0, labels, codes, predicted)
+
+
+def test_an_interval_is_that_of_blocks_drawn_one_by_one():
+    tiles = [noisy_tile(seed, 0.6) for seed in range(3)]
+    blocks = np.concatenate([tile.blocks for tile in tiles])
+    rng = np.random.default_rng(9)
+    drawn = []
+    for _ in range(1000):
+        chosen = blocks[rng.integers(0, len(blocks), len(blocks))].sum(axis=0)
+        drawn.append(metrics.mcc(metrics.binary(chosen)))
+    found = metrics.score_intervals(tiles)["extent MCC"]
+    assert found.value == metrics.mcc(metrics.binary(metrics.pool(tiles)))
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.006)
+    assert metrics.score_intervals(tiles)["extent MCC"] == found, "seeded"
+
+
+def test_intervals_cover_the_truth_nineteen_times_in_twenty():
+    blocks = np.stack([noisy_tile(seed, 0.6, size=200).blocks for seed in range(250)]).reshape(-1, 6, 4)
+    truth = metrics.mcc(metrics.four_class(blocks.sum(axis=0)))
+    covered = 0
+    for start in range(0, 1000, 20):
+        tile = metrics.TileCounts("x", 0, "phase2", blocks[start : start + 20], 0)
+        interval = metrics.score_intervals([tile])["four-class MCC"]
+        covered += interval.low <= truth <= interval.high
+    assert 43 <= covered <= 50
+
+
+def test_pairs_are_told_apart_where_single_intervals_overlap():
+    worse, better = ([noisy_tile(seed, right) for seed in range(4)] for right in (0.60, 0.62))
+    ours, theirs = (metrics.score_intervals(tiles)["extent MCC"] for tiles in (better, worse))
+    assert ours.low < theirs.high
+    gain = metrics.difference_intervals(better, worse)["extent MCC"]
+    assert gain.value == pytest.approx(ours.value - theirs.value)
+    assert 0 < gain.low < gain.value < gain.high
+    assert metrics.difference_intervals(better, better)["extent MCC"] == (0, 0, 0)
+    with pytest.raises(ValueError, match="the same in the same order"):
+        metrics.difference_intervals(better, worse[::-1])
+
+
+def test_scores_that_no_tile_has_have_no_interval():
+    tiles = [noisy_tile(0, 0.6, "phase1")]
+    assert metrics.score_intervals(tiles)["four-class MCC"] is None
+    assert metrics.difference_intervals(tiles, tiles)["debris IoU"] is None
+    bare = metrics.count_tile("x", 0, "phase2", np.array([0, 1, 1]), np.array([0, 1, 0]))
+    assert metrics.score_intervals([bare])["debris IoU"] is None, "no debris in label or prediction"
+
+
+def test_tiles_of_a_store_are_counted_with_their_labels_and_folds(tmp_path):
+    store = TileStore(make_store(tmp_path / "store"))
+    tiles = metrics.count_tiles(
+        store, ["002", "001"], lambda name: store.mask(name) % 4, {"001": 3, "002": 1}
+    )
+    assert [(tile.tile_id, tile.fold, tile.labels) for tile in tiles] == [
+        ("002", 1, "phase2"),
+        ("001", 3, "phase1"),
+    ]
+    assert tiles[0].confusion.sum() + tiles[0].ignored == store.mask("002").size
+
+
+def test_work_is_counted_from_the_network():
+    args = {"encoder_name": "mobilenet_v2", "encoder_depth": 3, "decoder_channels": [32, 16, 16]}
+    small = metrics.count_gmac({"name": "Unet", "args": args})
+    wide = metrics.count_gmac({"name": "Unet", "args": args | {"decoder_channels": [64, 32, 32]}})
+    assert 1 < small < wide < 50
