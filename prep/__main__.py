@@ -1,4 +1,4 @@
-"""Command line of the data preparation: `python -m prep competition`, `hkh`, `sample` and `bench`."""
+"""Command line of the data preparation: `python -m prep competition`, `hkh` and `sample`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_competition(commands)
     _add_hkh(commands)
     _add_sample(commands)
-    _add_bench(commands)
     return parser
 
 
@@ -67,13 +66,26 @@ def _add_competition(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_hkh(commands: argparse._SubParsersAction) -> None:
-    summary = "the HKH data set's Landsat-7 scenes and polygons, or its patches, to a tile store"
+    summary = "the HKH data set's Landsat-7 scenes and outlines, or its patches, to a tile store"
     parser = commands.add_parser("hkh", help=summary, description=f"{summary} (docs/hkh.md)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--scenes", type=Path, help="folder with a GeoTIFF a scene")
     source.add_argument("--patches", type=Path, help="folder with the data set's own .npy patches")
-    parser.add_argument("--labels", type=Path, help="polygons (.shp and others), or a folder of mask files")
-    parser.add_argument("--mask-order", help="what the channels of a patch's mask are, e.g. any,clean,debris")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="of scenes: clean.shp debris.shp, perhaps Glacier_2005.shp (.gpkg, .geojson, .fgb as well); or one "
+        "file with a column of kinds; or a folder of mask files",
+    )
+    parser.add_argument(
+        "--kinds", help="what these files show, where their names do not say it: clean,debris,any"
+    )
+    parser.add_argument("--border", type=Path, help="region outside of which nothing is labelled, hkh.shp")
+    parser.add_argument(
+        "--mask-order", help="channels of a patch's mask (default: clean,debris where it has two)"
+    )
     parser.add_argument(
         "--column", default="Glaciers", help="attribute with the class (default: %(default)s)"
     )
@@ -82,9 +94,12 @@ def _add_hkh(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="CLASS=WORD",
         default=["glacier=clean", "debris=debris", "lake=lake"],
-        help="word in the attribute's value, or in a mask file's name (default: %(default)s)",
+        help="word in a file's name, in the attribute's value, or in a mask file's name (default: %(default)s)",
     )
     parser.add_argument("--sun", type=Path, help="CSV with the columns scene and sun_elevation (degrees)")
+    parser.add_argument(
+        "--exclude-ground", type=Path, metavar="STORE", help="leave out what lies on the ground of its tiles"
+    )
     parser.add_argument("--out", type=Path, default=Path("data/hkh"), help="default: %(default)s")
     _add_hkh_settings(parser)
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: all cores)")
@@ -95,28 +110,22 @@ def _add_hkh(commands: argparse._SubParsersAction) -> None:
 
 def _add_hkh_settings(parser: argparse.ArgumentParser) -> None:
     numbers = (
-        ("--size", int, 512, "side of a tile in pixels"),
-        ("--overlap", int, 64, "pixels shared by neighbouring tiles"),
-        ("--min-debris", int, 500, "a tile is kept from this many pixels of debris on"),
-        ("--min-lake", int, 50, "... or of lake"),
-        ("--min-glacier", int, 100, "... or of clean ice"),
-        ("--max-background", float, 0.8, "... but not with more background than this share of what has data"),
-        ("--val-share", float, 0.2, "share of validation, in whole scenes"),
-        ("--seed", int, 0, "of the split"),
+        (("--tile-size", "--size"), int, 512, "side of a tile in pixels"),
+        (
+            ("--overlap",),
+            str,
+            "64",
+            "what neighbouring tiles share: pixels (64) or a share of the side (0.1)",
+        ),
+        (("--min-debris", "--min-debris-pixels"), int, 500, "a tile is kept from this many px of debris on"),
+        (("--min-lake", "--min-lake-pixels"), int, 50, "... or of lake"),
+        (("--min-glacier", "--min-glacier-pixels"), int, 100, "... or of clean ice"),
+        (("--max-background",), float, 0.8, "... but with no more background than this share of its data"),
+        (("--val-share",), float, 0.2, "share of validation, in whole scenes"),
+        (("--seed",), int, 0, "of the split"),
     )
-    for name, kind, default, text in numbers:
-        parser.add_argument(name, type=kind, default=default, help=f"{text} (default: %(default)s)")
-
-
-def _add_bench(commands: argparse._SubParsersAction) -> None:
-    summary = (
-        "speed of `prep hkh` beside a bare rasterio read and write of the same bytes, on a synthetic scene"
-    )
-    parser = commands.add_parser("bench", help=summary, description=summary)
-    parser.add_argument("--size", type=int, default=3072, help="side of the scene, px (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("reports/prep_hkh.md"), help="default: %(default)s")
-    parser.set_defaults(command=run_bench)
+    for names, kind, default, text in numbers:
+        parser.add_argument(*names, type=kind, default=default, help=f"{text} (default: %(default)s)")
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
@@ -125,9 +134,10 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/sample"), help="default: %(default)s")
     parser.add_argument(
         "--like",
-        choices=["competition", "hkh"],
+        choices=["competition", "hkh", "hkh-lila", "hkh-patches"],
         default="competition",
-        help="hkh: Landsat-7 scenes with stripes and a shapefile (default: %(default)s)",
+        help="hkh: Landsat-7 scenes with stripes and a shapefile; hkh-lila: filled scenes, outlines by kind and a "
+        "border; hkh-patches: arrays of 512 px (default: %(default)s)",
     )
     parser.add_argument("--tiles", type=int, default=10, help="number of scenes (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="side in pixels (default: %(default)s)")
@@ -151,13 +161,10 @@ def run_competition(options: argparse.Namespace) -> None:
 
 def run_hkh(options: argparse.Namespace) -> None:
     """Write the tile store of HKH and print what was kept, what was dropped and why."""
-    if (options.scenes is None) != (options.labels is None):
-        raise InputError("--labels belongs to --scenes: polygons, or a folder of mask files per class")
-    if (options.patches is None) != (options.mask_order is None):
-        raise InputError(
-            "--mask-order belongs to --patches: any,clean,debris in the order of the masks' channels, which "
-            "differs between exports"
-        )
+    if bool(options.scenes) != bool(options.labels):
+        raise InputError("--labels belongs to --scenes: vector files, or a folder of mask files per class")
+    if options.mask_order and not options.patches:
+        raise InputError("--mask-order belongs to --patches: what the channels of their masks are")
     from prep.hkh import prepare as hkh
 
     source = hkh.Source(
@@ -165,15 +172,33 @@ def run_hkh(options: argparse.Namespace) -> None:
         labels=options.labels,
         patches=options.patches,
         mask_order=options.mask_order,
+        kinds=options.kinds and options.kinds.replace(" ", "").split(","),
+        border=options.border,
         column=options.column,
         words=parse_words(options.words),
         sun=options.sun,
+        exclude_ground=options.exclude_ground,
     )
     keep = hkh.Filter(options.min_debris, options.min_lake, options.min_glacier, options.max_background)
-    grid = hkh.Grid(options.size, options.overlap)
+    grid = hkh.Grid(options.tile_size, parse_overlap(options.overlap, options.tile_size))
     settings = hkh.Settings(grid, keep, options.val_share, options.seed)
     resources = hkh.Resources(options.jobs or usable_cores(), options.dask)
     print(hkh.format_summary(hkh.prepare(source, options.out, settings, resources, options.overwrite)))
+
+
+def parse_overlap(text: str, size: int) -> int:
+    """Return an overlap in pixels, given in pixels ("64") or as a share of the side ("0.1")."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share < 1:
+        raise InputError(f"--overlap: found '{text}', expected pixels such as 64 or a share such as 0.1")
+    return round(share * size)
 
 
 def parse_words(pairs: Sequence[str]) -> dict[str, str]:
@@ -187,28 +212,18 @@ def parse_words(pairs: Sequence[str]) -> dict[str, str]:
     return words
 
 
-def run_bench(options: argparse.Namespace) -> None:
-    """Time the preparation of a synthetic scene, print the figures and write the report."""
-    from prep.bench import run, write_report
-
-    result = run(options.size, options.repeats)
-    write_report(options.out, result)
-    print(f"{options.out}: {result.summary()}")
-
-
 def run_sample(options: argparse.Namespace) -> None:
     """Write synthetic scenes into a new folder."""
     refuse_existing(options.out)
-    if options.like == "hkh":
-        from prep.synthetic.hkh import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
+    if options.like != "competition":
+        from prep.synthetic import hkh
 
-        write_hkh_sample(options.out, options.tiles, options.size, options.seed)
+        layout = options.like.partition("-")[2] or "release"
+        hkh.write_hkh_sample(options.out, options.tiles, options.size, options.seed, layout)
         print(
             f"{options.out}: {options.tiles} synthetic Landsat-7 scenes of {options.size} px written. Next:"
         )
-        print(
-            f"python -m prep hkh --scenes {options.out / SCENES_FOLDER} --labels {options.out / LABELS_FILE}"
-        )
+        print(f"python -m prep hkh {hkh.next_arguments(options.out, layout)}")
         return
     from prep.synthetic.scenes import (
         write_sample,  # here, so that the other command does not load what it needs

@@ -29,7 +29,7 @@ def copy_sample(sample: Path, folder: Path) -> Path:
 
 def source_of(sample: Path, **changes) -> hkh.Source:
     """Return a sample as input of `prepare`."""
-    return hkh.Source(scenes=sample / SCENES_FOLDER, labels=sample / LABELS_FILE)._replace(**changes)
+    return hkh.Source(scenes=sample / SCENES_FOLDER, labels=(sample / LABELS_FILE,))._replace(**changes)
 
 
 def scene_paths(sample: Path) -> list[Path]:

@@ -7,6 +7,7 @@ calibration coefficients", Remote Sensing of Environment 113, tables 2, 4 and 5.
 from __future__ import annotations
 
 import csv
+import datetime
 import math
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from solution import BANDS, warn
+from solution import BANDS, KitError, warn
 
 # Orders of the two exports in circulation, for files whose bands have no descriptions. SWIR-1 is index 4.
 EXPORT_15 = (
@@ -41,8 +42,20 @@ DEFAULT_SUN = 45.0  # degrees, where the elevation is not known
 DEFAULT_DISTANCE = 1.0  # astronomical units; it varies by 1.7 %
 SUN_COLUMNS = ("scene", "sun_elevation")
 
+# The orbit (Landsat 7 data users handbook, LSDS-1927): inclination, grid of paths and rows (WRS-2), period, and
+# mean solar time at the equator.
+INCLINATION = math.radians(98.2)
+PATHS, ROWS, EQUATOR_ROW, FIRST_LONGITUDE = 233, 248, 60, -64.6
+PERIOD = 98.9 / 60  # hours
+CROSSING = 10.1  # hours
+SCENE_NAME = re.compile(r"LE0?7_(?:[A-Z0-9]{4}_)?(\d{3})(\d{3})_(\d{4})(\d\d)(\d\d)")
 
-class SceneError(Exception):
+# Gap filling predicts from another year's scene, so some values lie beyond 0 to 255, but few of them far.
+FARTHEST_NUMBERS, MOST_FAR = (-255, 510), 0.05
+LARGEST_REFLECTANCE = 2.0
+
+
+class SceneError(KitError):
     """A scene or its labels cannot be used; the message names file, finding, expectation and remedy."""
 
 
@@ -180,25 +193,29 @@ def to_kelvin(radiance: np.ndarray) -> np.ndarray:
 
 
 def as_numbers(values: np.ndarray, where: str) -> np.ndarray:
-    """Return values of any number type as digital numbers, uint8; NaN becomes 0, which is fill.
+    """Return values of any number type as digital numbers, uint8; 0, which is fill, for what is not finite.
+
+    Values between whole numbers are those of filled gaps: they are rounded and clipped to 1 ... 255.
 
     Raises:
-        SceneError: values that are no whole numbers from 0 to 255.
+        SceneError: values of another unit, such as reflectance, 16-bit products or standardised values.
     """
     if values.dtype == np.uint8:
         return values
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, nan=0.0)
     require_numbers(values, where)
-    foreign = (values < 0) | (values > LARGEST_NUMBER) | (values != np.rint(values))
-    if foreign.any():
-        found = np.unique(values[foreign])[:3]
+    measured = np.isfinite(values) & (values != 0)
+    found = values[measured]
+    far = (found < FARTHEST_NUMBERS[0]) | (found > FARTHEST_NUMBERS[1])
+    fractions = (found != np.rint(found)).any()
+    if np.count_nonzero(far) > MOST_FAR * found.size or (fractions and np.median(found) <= LARGEST_REFLECTANCE):
         raise SceneError(
-            f"{where}: found {', '.join(f'{value:g}' for value in found)}, expected whole digital numbers "
-            "0 to 255 of LANDSAT/LE07/C01/T1_RT. Scaled reflectance and 16-bit products are other units: "
+            f"{where}: found values from {found.min():g} to {found.max():g}, expected digital numbers 0 to 255 "
+            "of LANDSAT/LE07/C01/T1_RT. Reflectance, 16-bit products and standardised patches are other units: "
             "export the digital numbers"
         )
-    return values.astype(np.uint8)
+    numbers = np.zeros(values.shape, np.uint8)
+    numbers[measured] = np.clip(np.rint(found), SMALLEST_NUMBER, LARGEST_NUMBER)
+    return numbers
 
 
 def require_numbers(values: np.ndarray, where: str | Path) -> None:
@@ -267,7 +284,7 @@ def make_sun(elevation: float | str, distance: float | str, where: str) -> Sun:
 
 
 def find_sun(path: Path, tags: Mapping[str, str], table: Mapping[str, Sun]) -> Sun:
-    """Return a scene's sun: from the CSV, else the file's tags, else its _MTL.txt, else 45 degrees.
+    """Return a scene's sun: from the CSV, else its tags, else its _MTL.txt, else its name, else 45 degrees.
 
     Tags and MTL are read under Landsat's own names, SUN_ELEVATION and EARTH_SUN_DISTANCE. Warns where the
     elevation is not known.
@@ -288,8 +305,68 @@ def find_sun(path: Path, tags: Mapping[str, str], table: Mapping[str, Sun]) -> S
             return make_sun(
                 values["SUN_ELEVATION"], values.get("EARTH_SUN_DISTANCE", DEFAULT_DISTANCE), where
             )
+    taken = read_name(path.name)
+    if taken:
+        return sun_of(taken)
     warn(
-        f"{path}: no sun elevation in its tags, {sidecar.name} or the CSV of --sun; {DEFAULT_SUN:g} degrees "
-        "assumed, which scales its reflectance by sin(elevation) / 0.707"
+        f"{path}: no sun elevation in its tags, {sidecar.name} or the CSV of --sun, and no date in its name as "
+        f"in LE07_140041_20051012; {DEFAULT_SUN:g} degrees assumed, which scales its reflectance by "
+        "sin(elevation) / 0.707"
     )
     return Sun(DEFAULT_SUN, DEFAULT_DISTANCE, "assumed")
+
+
+class Acquisition(NamedTuple):
+    """Where and when a scene was taken: path and row of WRS-2, and the day."""
+
+    path: int
+    row: int
+    day: datetime.date
+
+    def orbit_angle(self) -> float:
+        """Return the angle from the scene to the equator along the orbit, radians, positive in the north."""
+        return 2 * math.pi * (EQUATOR_ROW - self.row) / ROWS
+
+    def equator(self) -> float:
+        """Return the longitude at which the path crosses the equator, degrees."""
+        return FIRST_LONGITUDE - (self.path - 1) * 360 / PATHS
+
+    def centre(self) -> tuple[float, float]:
+        """Return longitude and latitude of the scene's centre, degrees, to about half a degree."""
+        angle = self.orbit_angle()
+        latitude = math.degrees(math.asin(math.sin(INCLINATION) * math.sin(angle)))
+        along = math.degrees(math.atan(-math.cos(INCLINATION) * math.tan(angle)))
+        turned = 15 * PERIOD * angle / (2 * math.pi)  # degrees by which Earth turns from here to the equator
+        return (self.equator() + along + turned + 180) % 360 - 180, latitude
+
+
+def read_name(name: str) -> Acquisition | None:
+    """Return what a name such as LE07_140041_20051012 says, None where it says nothing of the kind."""
+    found = SCENE_NAME.search(name)
+    if not found:
+        return None
+    path, row, year, month, day = map(int, found.groups())
+    try:
+        return Acquisition(path, row, datetime.date(year, month, day))
+    except ValueError:
+        return None
+
+
+def sun_of(taken: Acquisition) -> Sun:
+    """Return the sun over a scene's centre when Landsat 7 passed, to about two degrees.
+
+    Declination and equation of time by their usual first terms; distance as in Chander et al. (2009).
+    """
+    longitude, latitude = taken.centre()
+    before = PERIOD * taken.orbit_angle() / (2 * math.pi)  # hours until the equator is crossed
+    local = CROSSING - before + (longitude - taken.equator()) / 15  # mean solar time of the place
+    number = taken.day.timetuple().tm_yday
+    declination = math.radians(-23.44) * math.cos(2 * math.pi * (number + 10) / 365)
+    turn = 2 * math.pi * (number - 81) / 364
+    minutes = 9.87 * math.sin(2 * turn) - 7.53 * math.cos(turn) - 1.5 * math.sin(turn)
+    hour_angle = math.radians(15 * (local + minutes / 60 - 12))
+    north = math.radians(latitude)
+    height = math.sin(north) * math.sin(declination)
+    height += math.cos(north) * math.cos(declination) * math.cos(hour_angle)
+    distance = 1 - 0.01672 * math.cos(math.radians(0.9856 * (number - 4)))
+    return Sun(math.degrees(math.asin(height)), distance, "date and place in its name")

@@ -1,4 +1,4 @@
-"""Glacier polygons to label codes: which class a polygon is, and which pixels lie in it."""
+"""Glacier outlines to label codes: what a vector file or an outline in it shows, and which pixels lie in it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,40 @@ from typing import Mapping, NamedTuple, Sequence
 import geopandas
 import numpy as np
 import pyogrio
-import rasterio.transform
+import rasterio
+import rasterio.features
 import rasterio.warp
 import shapely
-from affine import Affine
 from rasterio.crs import CRS
 from shapely.geometry.base import BaseGeometry
 
 from prep.hkh.landsat7 import SceneError, require_files
-from prep.labels import GLACIER_OR_DEBRIS, OTHER_OR_LAKE
+from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from solution import CLASS_NAMES, warn
 
 DEFAULT_COLUMN = "Glaciers"
 DEFAULT_WORDS = {"glacier": "clean", "debris": "debris", "lake": "lake"}
-# Where polygons overlap, the later of these wins: debris lies on ice, lakes on both.
+EXTENT_WORD = "glacier"  # in the name of a file with outlines of either kind, such as Glacier_2005.shp
+KINDS = {"clean": 1, "debris": 2, "lake": 3, "any": GLACIER_OR_DEBRIS}  # codes of --kinds
+# Where outlines overlap, the later of these wins: debris lies on ice, lakes on both.
 BURN_ORDER = (GLACIER_OR_DEBRIS, *(CLASS_NAMES.index(name) for name in ("glacier", "debris", "lake")))
 FARTHEST = 1e9  # m or degrees, in any coordinate system
 AREAS = ("Polygon", "MultiPolygon")
+EQUAL_AREA = "EPSG:6933"
+LEAST_REGION = 2  # times the glaciers' area: a border around less encloses glaciers, and no region
 
 
-class Polygons(NamedTuple):
-    """Polygons in a scene's CRS: `shapes`, their label `codes`, in the order in which they are burnt."""
+class Layer(NamedTuple):
+    """A vector file: the label code of all its outlines, or None where `column` tells the kind of each."""
 
-    shapes: list[BaseGeometry]
-    codes: list[int]
-    tree: shapely.STRtree
+    path: Path
+    code: int | None
+    column: str = DEFAULT_COLUMN
+    words: Mapping[str, str] = DEFAULT_WORDS
+
+    def files(self) -> list[Path]:
+        """Return the file and what belongs to it; a shapefile has several parts."""
+        return sorted({self.path, *self.path.parent.glob(f"{glob.escape(self.path.stem)}.*")})
 
 
 def code_of(value: object, words: Mapping[str, str]) -> int | None:
@@ -49,28 +58,71 @@ def code_of(value: object, words: Mapping[str, str]) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def check_polygons(path: Path, column: str, words: Mapping[str, str]) -> dict[str, int]:
-    """Return the number of polygons by attribute value; warn of values that are none of the classes.
+# --- Which file shows what ------------------------------------------------------------------------
+
+
+def plan_layers(
+    paths: Sequence[Path], kinds: Sequence[str] | None, column: str, words: Mapping[str, str]
+) -> tuple[Layer, ...]:
+    """Return vector files with what they show: by `kinds`, else by their names, else by their column.
 
     Raises:
-        SceneError: unreadable, no such column, no CRS, or no polygon of any class.
+        SceneError: a file that cannot be read or does not say where or what its outlines are.
     """
-    require_files([path, *path.parent.glob(f"{glob.escape(path.stem)}.*")])  # a shapefile has several
+    if kinds and (len(kinds) != len(paths) or not set(kinds) <= set(KINDS)):
+        raise SceneError(
+            f"--kinds: found {','.join(kinds)} for {len(paths)} file(s) of --labels, expected one of "
+            f"{', '.join(KINDS)} a file, e.g. --kinds clean,debris"
+        )
+    return tuple(
+        plan_layer(path, kinds[index] if kinds else None, column, words) for index, path in enumerate(paths)
+    )
+
+
+def plan_layer(path: Path, kind: str | None, column: str, words: Mapping[str, str]) -> Layer:
+    """Return a vector file with what it shows. Raises SceneError as `plan_layers`."""
+    fields = read_fields(path)
+    named = code_of(path.stem, words)
+    if kind:
+        return Layer(path, KINDS[kind])
+    if named not in (None, GLACIER_OR_DEBRIS):  # with the words of both kinds its column has to tell
+        return Layer(path, named)
+    if column in fields:
+        check_column(path, column, words)
+        return Layer(path, None, column, words)
+    if EXTENT_WORD in path.stem.lower() or named is not None:
+        return Layer(path, GLACIER_OR_DEBRIS)
+    raise SceneError(
+        f"{path}: no column '{column}', found {', '.join(fields) or 'none'}; name the one that tells clean ice from "
+        "debris with --column, or say what the file shows with --kinds. A border of the region goes to --border"
+    )
+
+
+def read_fields(path: Path) -> list[str]:
+    """Return the columns of a vector file. Raises SceneError where it cannot be read or has no CRS."""
+    require_files(Layer(path, None).files())
     try:
         info = pyogrio.read_info(path)
-        table = pyogrio.read_dataframe(path, read_geometry=False)
     except Exception as error:  # GDAL's many kinds for files that are missing or damaged
-        raise SceneError(f"{path}: cannot be read as polygons ({error}); copy or export it again") from error
-    fields = [str(name) for name in info["fields"]]
-    if column not in fields:
-        raise SceneError(
-            f"{path}: no column '{column}', found {', '.join(fields) or 'none'}; name the one that "
-            "tells clean ice from debris with --column"
-        )
+        raise unreadable(path, error) from error
     if info["crs"] is None:
         raise SceneError(
             f"{path}: has no coordinate system; add its .prj file (the real one is in EPSG:4326)"
         )
+    return [str(name) for name in info["fields"]]
+
+
+def unreadable(path: Path, error: Exception) -> SceneError:
+    """Return the error for a vector file that GDAL cannot read."""
+    return SceneError(f"{path}: cannot be read as polygons ({error}); copy or export it again")
+
+
+def check_column(path: Path, column: str, words: Mapping[str, str]) -> None:
+    """Warn of values that are none of the classes. Raises SceneError where all are."""
+    try:
+        table = pyogrio.read_dataframe(path, columns=[column], read_geometry=False)
+    except Exception as error:
+        raise unreadable(path, error) from error
     values = Counter(str(value) for value in table[column])
     unknown = {value: count for value, count in values.items() if code_of(value, words) is None}
     listed = ", ".join(f"{value!r} ({count})" for value, count in sorted(unknown.items())[:10])
@@ -82,105 +134,96 @@ def check_polygons(path: Path, column: str, words: Mapping[str, str]) -> dict[st
         )
     if unknown:
         warn(f"{path}: polygons of no class are left out: {listed}; the words looked for are {wanted}")
-    return dict(values)
 
 
-def read_polygons(
-    path: Path, column: str, words: Mapping[str, str], crs: CRS, bounds: Sequence[float]
-) -> Polygons:
-    """Return the polygons that meet a scene, in its CRS.
+def plan_border(path: Path, layers: Sequence[Layer]) -> Layer:
+    """Return the region inside of which there are labels.
 
-    Args:
-        path: vector file of any format that GDAL reads, in any CRS.
-        column: attribute that tells the class.
-        words: {class name: word in the attribute's value}.
-        crs: of the scene.
-        bounds: of the scene in that CRS: left, bottom, right, top.
+    Raises:
+        SceneError: it cannot be read, or encloses glaciers rather than a region, as the `hkh.shp` of some copies.
+    """
+    read_fields(path)
+    border = Layer(path, 1)
+    areas = {"kinds": 0.0, "extents": 0.0}
+    for layer in layers:
+        areas["extents" if layer.code == GLACIER_OR_DEBRIS else "kinds"] += area_km2(layer)
+    region, glaciers = area_km2(border), max(areas.values())
+    if region < LEAST_REGION * glaciers:
+        raise SceneError(
+            f"--border {path}: encloses {region:,.1f} km2, the outlines of --labels {glaciers:,.1f} km2, expected a "
+            "region far larger than its glaciers. These look like outlines of glaciers, outside of which there is "
+            "ground that is none: leave --border out, or add the file to --labels, with any in --kinds"
+        )
+    return border
+
+
+def area_km2(layer: Layer) -> float:
+    """Return the area of all outlines of a file. Raises SceneError where it cannot be read."""
+    try:
+        areas = geopandas.read_file(layer.path, columns=[]).to_crs(EQUAL_AREA).area
+    except Exception as error:
+        raise unreadable(layer.path, error) from error
+    return float(areas[np.isfinite(areas)].sum()) / 1e6
+
+
+# --- Pixels ---------------------------------------------------------------------------------------
+
+
+def burn(layers: Sequence[Layer], border: Layer | None, scene: rasterio.DatasetReader) -> np.ndarray:
+    """Return a scene's label codes, (H, W) uint8: a pixel is in an outline where its centre is.
+
+    Else it is background, {other, lake}, and ignored outside of the border.
+
+    Raises:
+        SceneError: a vector file cannot be read.
+    """
+    coded = [pair for layer in layers for pair in read_outlines(layer, scene.crs, scene.bounds)]
+    coded.sort(key=lambda pair: BURN_ORDER.index(pair[1]))  # stable: the file's order within a class
+    codes = rasterise(coded, OTHER_OR_LAKE, scene)
+    if border is not None:
+        region = rasterise(read_outlines(border, scene.crs, scene.bounds), 0, scene)
+        codes[region == 0] = IGNORE
+    return codes
+
+
+def rasterise(
+    coded: Sequence[tuple[BaseGeometry, int]], fill: int, scene: rasterio.DatasetReader
+) -> np.ndarray:
+    """Return the codes of outlines, (H, W) uint8 on the scene's grid, the last where they overlap, else `fill`."""
+    if not coded:
+        return np.full(scene.shape, fill, np.uint8)
+    return rasterio.features.rasterize(coded, scene.shape, fill, transform=scene.transform, dtype=np.uint8)
+
+
+def read_outlines(layer: Layer, crs: CRS, bounds: Sequence[float]) -> list[tuple[BaseGeometry, int]]:
+    """Return (outline, code) of what meets a scene, in its CRS; `bounds` are left, bottom, right, top in it.
 
     Raises:
         SceneError: the file cannot be read.
     """
     try:
-        own = CRS.from_user_input(pyogrio.read_info(path)["crs"])
+        own = CRS.from_user_input(pyogrio.read_info(layer.path)["crs"])
         box = rasterio.warp.transform_bounds(crs, own, *bounds, densify_pts=21)
-        table = geopandas.read_file(path, bbox=box, columns=[column])
+        columns = [layer.column] if layer.code is None else []
+        table = geopandas.read_file(layer.path, bbox=box, columns=columns)
     except Exception as error:
-        raise SceneError(f"{path}: cannot be read ({error}); copy or export it again") from error
+        raise unreadable(layer.path, error) from error
     areas = table[table.geom_type.isin(AREAS) & ~table.is_empty]  # a missing geometry has no type
     if len(areas) < len(table):
-        warn(f"{path}: {len(table) - len(areas)} shapes near the scene are no polygons and are left out")
-    areas = areas.to_crs(crs.to_wkt())
-    placed = np.array([on_earth(shape) for shape in areas.geometry], bool)
-    if not placed.all():
-        warn(f"{path}: {(~placed).sum()} polygons have points that are nowhere on Earth and are left out")
-    areas = areas[placed]
-    meaning = {value: code_of(value, words) for value in areas[column].unique()}
-    coded = [(shape, meaning[value]) for shape, value in zip(areas.geometry, areas[column])]
-    return make_polygons([(shape, code) for shape, code in coded if code is not None])
+        warn(
+            f"{layer.path}: {len(table) - len(areas)} shapes near the scene are no polygons and are left out"
+        )
+    shapes = areas.to_crs(crs.to_wkt()).geometry
+    values = areas[layer.column] if layer.code is None else [None] * len(areas)
+    codes = [code_of(value, layer.words) if layer.code is None else layer.code for value in values]
+    placed = [on_earth(shape) for shape in shapes]
+    if not all(placed):
+        warn(
+            f"{layer.path}: {placed.count(False)} polygons have points that are nowhere on Earth and are left out"
+        )
+    return [(shape, code) for shape, code, ok in zip(shapes, codes, placed) if ok and code is not None]
 
 
 def on_earth(shape: BaseGeometry) -> bool:
     """Return whether all coordinates are finite, and small enough to be metres or degrees on Earth."""
     return bool((np.abs(shapely.get_coordinates(shape)) < FARTHEST).all())  # NaN is not less
-
-
-def make_polygons(coded: Sequence[tuple[BaseGeometry, int]]) -> Polygons:
-    """Return polygons and their codes in burning order, with a tree to find those in a window."""
-    ordered = sorted(
-        coded, key=lambda pair: BURN_ORDER.index(pair[1])
-    )  # stable: the file's order within a class
-    shapes = [shape for shape, _ in ordered]
-    return Polygons(shapes, [code for _, code in ordered], shapely.STRtree(shapes))
-
-
-def burn(polygons: Polygons, transform: Affine, shape: tuple[int, int]) -> np.ndarray:
-    """Return label codes, `shape` uint8: a pixel is in a polygon where its centre is; else {other, lake}.
-
-    The same as `rasterio.features.rasterize`, which the tests compare it with, in a third of the time: that
-    turns every point into a Python object, twice.
-
-    `transform` maps pixels (col, row) of the window to the polygons' CRS.
-    """
-    mask = np.full(shape, OTHER_OR_LAKE, np.uint8)
-    window = shapely.box(*rasterio.transform.array_bounds(*shape, transform))
-    near = np.sort(polygons.tree.query(window))
-    codes = np.array(polygons.codes)[near] if near.size else near
-    for code in BURN_ORDER:
-        of_code = [polygons.shapes[index] for index in near[codes == code]]
-        if of_code:
-            mask[inside(of_code, transform, shape)] = code
-    return mask
-
-
-def inside(shapes: Sequence[BaseGeometry], transform: Affine, shape: tuple[int, int]) -> np.ndarray:
-    """Return whether each pixel's centre is in one of the polygons, `shape` bool.
-
-    By winding numbers: along a row of centres, each edge crossed from one side adds 1 and from the other
-    takes 1 away. Outer rings run one way and holes the other, so that the sum is 0 outside of all.
-    """
-    edges = pixel_edges(shapes, transform)
-    low, high = np.sort(edges[:, :, 1], axis=1).T  # of each edge, in rows
-    first = np.clip(np.ceil(low - 0.5), 0, shape[0]).astype(
-        int
-    )  # the first row whose centre lies on or past it
-    crossed = np.clip(np.ceil(high - 0.5), 0, shape[0]).astype(int) - first
-    number = np.repeat(np.arange(len(edges)), crossed)  # the edge of each crossing
-    rows = first[number] + np.arange(len(number)) - np.repeat(np.cumsum(crossed) - crossed, crossed)
-    (x0, y0), (x1, y1) = edges[number].transpose(1, 2, 0)
-    x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
-    cols = np.clip(np.ceil(x - 0.5), 0, shape[1]).astype(int)  # the first column whose centre lies past it
-    width = shape[1] + 1
-    steps = np.bincount(rows * width + cols, weights=np.sign(y1 - y0), minlength=shape[0] * width)
-    return steps.reshape(shape[0], width)[:, :-1].cumsum(axis=1) != 0
-
-
-def pixel_edges(shapes: Sequence[BaseGeometry], transform: Affine) -> np.ndarray:
-    """Return all edges of polygons in pixels, (N, 2, 2) float64: start and end, (col, row)."""
-    rings = shapely.get_rings(shapely.orient_polygons(shapely.get_parts(shapes)))
-    points, ring = shapely.get_coordinates(rings, return_index=True)
-    to_pixel = ~transform
-    cols = to_pixel.a * points[:, 0] + to_pixel.b * points[:, 1] + to_pixel.c
-    rows = to_pixel.d * points[:, 0] + to_pixel.e * points[:, 1] + to_pixel.f
-    points = np.stack([cols, rows], axis=1)
-    within = ring[1:] == ring[:-1]  # no edge from the end of one ring to the start of the next
-    return np.stack([points[:-1][within], points[1:][within]], axis=1)

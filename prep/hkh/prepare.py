@@ -14,7 +14,7 @@ import platform
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import rasterio
@@ -22,31 +22,22 @@ import shapely
 from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
-from prep import stats, store
+from prep import ground, stats, store
 from prep.competition import PrepError
 from prep.hkh.landsat7 import SceneError, read_sun_table
-from prep.hkh.polygons import DEFAULT_COLUMN, DEFAULT_WORDS, check_polygons
-from prep.hkh.sources import (
-    Grid,
-    Job,
-    LabelSource,
-    PatchJob,
-    RawTile,
-    find_patches,
-    find_scenes,
-    parse_order,
-    plan_patches,
-    plan_scene,
-)
+from prep.hkh.patches import PatchJob, plan_patches
+from prep.hkh.polygons import DEFAULT_COLUMN, DEFAULT_WORDS, plan_border, plan_layers
+from prep.hkh.sources import Grid, Labels, SceneJob, find_scenes, plan_scene
 from prep.labels import CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE, count_codes
 from solution import CLASS_NAMES, InputError, valid_mask
 
-PARTIAL_FORMAT = "hkh-partial/1"  # changed whenever the same input gives another result
+PARTIAL_FORMAT = "hkh-partial/2"  # changed whenever the same input gives another result
 RESULT_FILE = "result.json"
 DROPPED_FILE = "dropped.csv"
 LABELS = "hkh"  # in tiles.csv
 RESTARTS = 200  # of the search for a balanced split; 35 scenes need a few dozen
 WAIT_FOR_CLUSTER = 30  # seconds
+Job = SceneJob | PatchJob
 
 
 class Filter(NamedTuple):
@@ -84,29 +75,22 @@ class Settings(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The input: a folder of scenes and their labels, or one of patches with the order of mask channels."""
+    """The input: a folder of scenes and their labels, or one of patches.
+
+    `labels`: vector files with `kinds` a file, or one folder of mask files. `mask_order`: channels of a
+    patch's mask. `exclude_ground`: a store on whose ground no tile is kept.
+    """
 
     scenes: Path | None = None
-    labels: Path | None = None
+    labels: Sequence[Path] = ()
     patches: Path | None = None
     mask_order: str | None = None
+    kinds: Sequence[str] | None = None
+    border: Path | None = None
     column: str = DEFAULT_COLUMN
     words: Mapping[str, str] = DEFAULT_WORDS
     sun: Path | None = None
-
-    def images(self) -> Path:
-        """Return the folder of scenes or patches. Raises InputError where there is none."""
-        return _given(self.patches or self.scenes, "--scenes or --patches")
-
-    def truth(self) -> Path:
-        """Return the file or folder that holds the labels. Raises InputError where there is none."""
-        return _given(self.patches or self.labels, "--labels")
-
-
-def _given(path: Path | None, option: str) -> Path:
-    if path is None:
-        raise InputError(f"no {option}: name what to read")
-    return path
+    exclude_ground: Path | None = None
 
 
 class Resources(NamedTuple):
@@ -116,11 +100,12 @@ class Resources(NamedTuple):
     dask: str | None = None
 
 
-class Outcome(NamedTuple):
-    """What became of a scene: None, or why it failed."""
+class Kept(NamedTuple):
+    """A tile worth keeping: its row in tiles.csv, sums for the statistics, its outline where that is known."""
 
-    name: str
-    problem: str | None
+    row: store.TileRow
+    stats: dict
+    footprint: shapely.Polygon | None
 
 
 class Summary(NamedTuple):
@@ -154,47 +139,30 @@ def prepare(
     check_settings(settings)
     if not overwrite:
         store.refuse_existing(out)
+    seen = list(ground.read_ground(source.exclude_ground).values()) if source.exclude_ground else []
     jobs = plan(source, settings)
     with own_partial_folder(Path(out)) as partial:
         results = finish_scenes(jobs, partial, settings, resources)
-        summary = assemble(Path(out), partial, results, describe_source(source, settings, jobs), settings)
+        about = describe_source(source, settings, jobs)
+        summary = assemble(Path(out), partial, results, about, settings, seen)
         discard([partial / job.name for job in jobs])
         shutil.rmtree(partial)
     return summary
-
-
-def finish_scenes(
-    jobs: Sequence[Job], partial: Path, settings: Settings, resources: Resources
-) -> dict[str, dict]:
-    """Work on the scenes that an earlier run did not finish; return {scene: result} of all.
-
-    Raises:
-        PrepError: all that is wrong with scenes; the others are finished.
-    """
-    marks = {job.name: fingerprint(job, settings) for job in jobs}
-    todo = [job for job in jobs if not is_finished(partial / job.name, marks[job.name])]
-    clear_partial(partial, {job.name for job in jobs} - {job.name for job in todo})
-    tasks = [(job, settings.keep, partial / job.name, marks[job.name]) for job in todo]
-    outcomes = run_tasks(tasks, resources, done=len(jobs) - len(todo))
-    problems = [outcome.problem for outcome in outcomes if outcome.problem]
-    if problems:
-        raise PrepError([*problems, f"the other scenes are kept in {partial} and are not read again"])
-    return {job.name: read_result(partial / job.name) for job in jobs}
 
 
 def check_settings(settings: Settings) -> None:
     """Raise InputError naming the first setting that makes no sense."""
     grid, keep = settings.grid, settings.keep
     rules = [
-        ("--size", grid.size, grid.size >= 32, "32 px or more"),
-        ("--overlap", grid.overlap, 0 <= grid.overlap < grid.size, "0 or more, less than --size"),
-        ("--min-debris", keep.min_debris, keep.min_debris >= 0, "0 or more"),
-        ("--min-lake", keep.min_lake, keep.min_lake >= 0, "0 or more"),
-        ("--min-glacier", keep.min_glacier, keep.min_glacier >= 0, "0 or more"),
+        ("--tile-size", grid.size, grid.size >= 32, "32 px or more"),
+        ("--overlap", grid.overlap, 0 <= grid.overlap < grid.size, "0 or more px, less than --tile-size"),
         ("--max-background", keep.max_background, 0 <= keep.max_background <= 1, "a share from 0 to 1"),
         ("--val-share", settings.val_share, 0 < settings.val_share < 1, "a share between 0 and 1"),
         ("--seed", settings.seed, settings.seed >= 0, "0 or more"),
     ]
+    for name in ("min_debris", "min_lake", "min_glacier"):
+        least = getattr(keep, name)
+        rules.append((f"--{name.replace('_', '-')}", least, least >= 0, "0 or more"))
     for name, value, sensible, expected in rules:
         if not sensible:
             raise InputError(f"{name} is {value}, expected {expected}")
@@ -209,15 +177,19 @@ def plan(source: Source, settings: Settings) -> list[Job]:
     Raises:
         PrepError: all that is wrong with headers and labels.
     """
-    planned, problems = [], []
+    planned: list[Job] = []
+    problems = []
     try:
         suns = read_sun_table(source.sun)
-        makers = _patch_makers(source) if source.patches else _scene_makers(source)
+        if source.patches:
+            planned += plan_patches(real(source.patches), source.mask_order, settings.grid, suns)
+        labels = plan_labels(source)
+        paths = find_scenes(source.scenes) if source.scenes else []
     except SceneError as error:
         raise PrepError([str(error)]) from error
-    for make in makers:
+    for path in paths:
         try:
-            planned.append(make(settings.grid, suns))
+            planned.append(plan_scene(real(path), labels, settings.grid, suns))
         except SceneError as error:
             problems.append(str(error))
     if problems:
@@ -225,86 +197,50 @@ def plan(source: Source, settings: Settings) -> list[Job]:
     return sorted(planned, key=lambda job: job.name)
 
 
+def plan_labels(source: Source) -> Labels:
+    """Return the labels of scenes. Raises SceneError where they cannot be used."""
+    paths = [real(path) for path in source.labels]
+    if len(paths) == 1 and paths[0].is_dir():
+        return Labels((), None, paths[0], source.words)
+    layers = plan_layers(paths, source.kinds, source.column, source.words)
+    border = plan_border(real(source.border), layers) if source.border else None
+    return Labels(layers, border, None, source.words)
+
+
 def real(path: Path) -> Path:
     """Return the absolute path without links; a loop of them is left as it is, where `resolve` gives up."""
     return Path(os.path.realpath(path))
 
 
-def _scene_makers(source: Source) -> list:
-    """Return for each scene a function of (grid, suns) that plans it."""
-    if not source.truth().is_dir():
-        check_polygons(source.truth(), source.column, source.words)
-    labels = LabelSource(real(source.truth()), source.column, dict(source.words))
-    paths = [real(path) for path in find_scenes(source.images())]
-    return [lambda grid, suns, path=path: plan_scene(path, labels, grid, suns) for path in paths]
-
-
-def _patch_makers(source: Source) -> list:
-    order = parse_order(source.mask_order or "")
-    scenes = find_patches(real(source.images()))
-    return [
-        lambda grid, suns, name=name, pairs=pairs: plan_patches(name, pairs, order, grid, suns)
-        for name, pairs in scenes.items()
-    ]
-
-
 def describe_source(source: Source, settings: Settings, jobs: Sequence[Job]) -> dict:
     """Return the content of store.json that does not depend on the tiles; names only, no paths."""
-    patches = source.patches is not None
-    labels = (
-        {"mask_order": source.mask_order}
-        if patches
-        else {"column": source.column, "words": dict(source.words)}
-    )
+
+    def name(path: Path | None) -> str | None:
+        return real(path).name if path else None
+
     versions = {module.__name__: module.__version__ for module in (np, rasterio, shapely)}
     return {
         "command": "hkh",
-        "source": real(source.images()).name,
-        "labels": {"file": real(source.truth()).name, **labels},
+        "source": name(source.patches or source.scenes),
+        "labels": [name(path) for path in source.labels],
+        "kinds": source.kinds,
+        "border": name(source.border),
+        "column": source.column,
+        "words": dict(source.words),
+        "mask_order": next((job.order for job in jobs if isinstance(job, PatchJob)), None),
+        "exclude_ground": name(source.exclude_ground),
         "size": settings.grid.size,
         "overlap": settings.grid.overlap,
         "filter": settings.keep._asdict(),
         "val_share": settings.val_share,
         "seed": settings.seed,
-        "sun": {job.name: [job.sun.elevation, job.sun.distance] for job in jobs},
+        "sun": {job.name: job.sun for job in jobs},
         "channels": {job.name: job.channels for job in jobs},
         "versions": {"python": platform.python_version(), **versions},
     }
 
 
-# --- Partial results ------------------------------------------------------------------------------
-
-
-def partial_folder(out: Path) -> Path:
-    """Return where the results of single scenes are kept until the store is complete."""
-    out = real(out)
-    return out.with_name(f".{out.name}-partial")
-
-
-def fingerprint(job: Job, settings: Settings) -> str:
-    """Return a hash of what a scene's result depends on: settings, and name, size and time of its files."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in job.files()]
-    plain = [
-        (key, value)
-        for key, value in job._asdict().items()
-        if key not in ("path", "patches", "masks", "labels")
-    ]
-    labels = [] if isinstance(job, PatchJob) else [job.labels.column, sorted(job.labels.words.items())]
-    parts = (PARTIAL_FORMAT, settings.keep, files, plain, labels)
-    return hashlib.sha256(repr(parts).encode(errors=store.FILE_NAME_ERRORS)).hexdigest()
-
-
-def is_finished(folder: Path, mark: str) -> bool:
-    """Return whether a scene was finished with this fingerprint."""
-    try:
-        return read_result(folder)["fingerprint"] == mark
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the scene is read again
-        return False
-
-
-def read_result(folder: Path) -> dict:
-    """Return the result of a finished scene."""
-    return json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+# --- Scenes and their partial results -------------------------------------------------------------
 
 
 @contextmanager
@@ -314,7 +250,7 @@ def own_partial_folder(out: Path) -> Iterator[Path]:
     Raises:
         prep.store.StoreError: another process makes the same store.
     """
-    partial = partial_folder(out)
+    partial = real(out).with_name(f".{real(out).name}-partial")
     partial.mkdir(parents=True, exist_ok=True)
     with store.locked(partial, wait=False) as held:
         if not (held and partial.is_dir()):  # gone: the other has just ended, and removed it
@@ -325,113 +261,35 @@ def own_partial_folder(out: Path) -> Iterator[Path]:
         yield partial
 
 
-def clear_partial(partial: Path, finished: set[str]) -> None:
-    """Remove everything from the folder of partial results but the finished scenes."""
-    discard([entry for entry in partial.iterdir() if entry.name not in finished])
-
-
-def discard(folders: Sequence[Path]) -> None:
-    """Remove partial results, the marks of all first: a killed run leaves none without its tiles."""
-    for folder in folders:
-        (folder / RESULT_FILE).unlink(missing_ok=True)
-    for folder in folders:
-        shutil.rmtree(folder)
-
-
-def process(job: Job, keep: Filter, folder: Path, mark: str) -> Outcome:
-    """Write the kept tiles of a scene and its result into `folder`, which appears whole."""
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    writer = store.StoreWriter(building)
-    try:
-        result = write_tiles(job, keep, writer)
-    except SceneError as error:
-        shutil.rmtree(building)
-        return Outcome(job.name, str(error))
-    (building / RESULT_FILE).write_text(json.dumps({"fingerprint": mark, **result}), encoding="utf-8")
-    building.rename(folder)
-    return Outcome(job.name, None)
-
-
-def write_tiles(job: Job, keep: Filter, writer: store.StoreWriter) -> dict:
-    """Write the tiles worth keeping; return what is known of them and of the dropped ones.
-
-    A tile whose labels alone rule it out is dropped before its image is read.
-    """
-    kept, dropped = [], []
-    for tile in job.tiles():
-        reason = _hopeless(tile, keep)
-        if reason is None:
-            image = tile.read()
-            mask = np.where(valid_mask(image), tile.codes, IGNORE).astype(np.uint8)
-            counts = count_codes(mask)
-            reason = keep.reason_to_drop(counts)
-        else:
-            counts = count_codes(tile.codes)
-        if reason is not None:
-            dropped.append({"tile_id": tile.tile_id, "scene": job.name, "reason": reason, **counts})
-            continue
-        writer.write_tile(tile.tile_id, image, mask)
-        kept.append(_describe(tile, job.name, image, mask, counts))
-    return {"kept": kept, "dropped": dropped}
-
-
-def _hopeless(tile: RawTile, keep: Filter) -> str | None:
-    """Return why a tile would be dropped even if all of its labelled area had data, or None."""
-    counts = count_codes(tile.codes)
-    return keep._replace(max_background=1).reason_to_drop(counts)
-
-
-def _describe(
-    tile: RawTile, scene: str, image: np.ndarray, mask: np.ndarray, counts: Mapping[str, int]
-) -> dict:
-    accumulator = stats.BandAccumulator()
-    accumulator.add(image)
-    return {
-        "row": [
-            tile.tile_id,
-            scene,
-            tile.row,
-            tile.col,
-            LABELS,
-            float((mask != IGNORE).mean()),
-            dict(counts),
-        ],
-        "stats": accumulator.state(),
-        "footprint": tile.footprint,
-    }
-
-
-# --- Many scenes ----------------------------------------------------------------------------------
-
-
-class ProgressParallel(Parallel):
-    """joblib's Parallel with a progress bar, for every backend: joblib calls `print_progress` itself."""
-
-    def __init__(self, bar: tqdm, **options: Any) -> None:
-        """Report to `bar`; `options` are joblib's."""
-        super().__init__(**options)
-        self.bar = bar
-        self.before = bar.n
-
-    def print_progress(self) -> None:
-        """Move the bar to the number of finished tasks."""
-        self.bar.update(self.before + self.n_completed_tasks - self.bar.n)
-
-
-def run_tasks(tasks: Sequence[tuple], resources: Resources, done: int) -> list[Outcome]:
-    """Process the tasks, each the arguments of `process`; `done` scenes are finished already.
+def finish_scenes(
+    jobs: Sequence[Job], partial: Path, settings: Settings, resources: Resources
+) -> dict[str, dict]:
+    """Work on the scenes that an earlier run did not finish; return {scene: result} of all.
 
     Raises:
+        PrepError: all that is wrong with scenes; the others are finished.
         InputError: no cluster at the address.
     """
-    total = done + len(tasks)
-    with tqdm(total=total, initial=done, desc="scenes", unit="scene", disable=None) as bar:
-        if not tasks:
-            return []
-        with backend(resources):
-            return ProgressParallel(bar, batch_size=1)(delayed(process)(*task) for task in tasks)
+    marks = {job.name: fingerprint(job, settings) for job in jobs}
+    results = {job.name: read_result(partial / job.name, marks[job.name]) for job in jobs}
+    finished = [name for name, result in results.items() if result]
+    discard([entry for entry in partial.iterdir() if entry.name not in finished])
+    tasks = [
+        delayed(process)(job, settings.keep, partial / job.name, marks[job.name])
+        for job in jobs
+        if not results[job.name]
+    ]
+    problems = []
+    with (
+        tqdm(total=len(jobs), initial=len(finished), desc="scenes", unit="scene", disable=None) as bar,
+        backend(resources),
+    ):
+        for problem in Parallel(batch_size=1, return_as="generator")(tasks):
+            bar.update()
+            problems += [problem] if problem else []
+    if problems:
+        raise PrepError([*problems, f"the other scenes are kept in {partial} and are not read again"])
+    return {name: read_result(partial / name, mark) for name, mark in marks.items()}
 
 
 @contextmanager
@@ -454,7 +312,76 @@ def backend(resources: Resources) -> Iterator[None]:
         yield
 
 
-# --- The split and the store ----------------------------------------------------------------------
+def fingerprint(job: Job, settings: Settings) -> str:
+    """Return a hash of what a scene's result depends on: settings, and name, size and time of its files."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in job.files()]
+    parts = (PARTIAL_FORMAT, settings.keep, files, job.meaning())
+    return hashlib.sha256(repr(parts).encode(errors=store.FILE_NAME_ERRORS)).hexdigest()
+
+
+def read_result(folder: Path, mark: str) -> dict:
+    """Return the result of a scene that was finished with this fingerprint, an empty one where there is none."""
+    try:
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        return result if result["fingerprint"] == mark else {}
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: the scene is read again
+        return {}
+
+
+def discard(folders: Sequence[Path]) -> None:
+    """Remove partial results, the marks of all first: a killed run leaves none without its tiles."""
+    for folder in folders:
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def process(job: Job, keep: Filter, folder: Path, mark: str) -> str | None:
+    """Write the kept tiles of a scene and its result into `folder`, which appears whole.
+
+    Returns:
+        What is wrong with the scene, or None.
+    """
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        result = write_tiles(job, keep, store.StoreWriter(building))
+    except SceneError as error:
+        shutil.rmtree(building)
+        return str(error)
+    (building / RESULT_FILE).write_text(json.dumps({"fingerprint": mark, **result}), encoding="utf-8")
+    building.rename(folder)
+    return None
+
+
+def write_tiles(job: Job, keep: Filter, writer: store.StoreWriter) -> dict:
+    """Write the tiles worth keeping; return what is known of them and of the dropped ones.
+
+    A tile whose labels alone rule it out is dropped before its image is read.
+    """
+    kept, dropped = [], []
+    for tile in job.tiles():
+        counts = count_codes(tile.codes)
+        reason = keep._replace(max_background=1).reason_to_drop(counts)
+        if reason is None:
+            image = tile.read()
+            mask = np.where(valid_mask(image), tile.codes, IGNORE).astype(np.uint8)
+            counts = count_codes(mask)
+            reason = keep.reason_to_drop(counts)
+        if reason is not None:
+            dropped.append({"tile_id": tile.tile_id, "scene": job.name, "reason": reason, **counts})
+            continue
+        writer.write_tile(tile.tile_id, image, mask)
+        accumulator = stats.BandAccumulator()
+        accumulator.add(image)
+        share = float((mask != IGNORE).mean())
+        row = store.TileRow(tile.tile_id, job.name, tile.row, tile.col, LABELS, share, counts)
+        kept.append((row, accumulator.state(), tile.footprint.wkt if tile.footprint else None))
+    return {"kept": kept, "dropped": dropped}
+
+
+# --- The split ------------------------------------------------------------------------------------
 
 
 def choose_validation(areas: Mapping[str, Sequence[float]], share: float, seed: int) -> set[str]:
@@ -490,63 +417,48 @@ def choose_validation(areas: Mapping[str, Sequence[float]], share: float, seed: 
     return {names[index] for index in best[1]}
 
 
-def straddling(kept: Sequence[dict], validation: set[str]) -> set[str]:
+def scene_areas(kept: Sequence[Kept]) -> dict[str, list[float]]:
+    """Return {scene: [tiles, pixels of glacier, of debris, of lake]}."""
+    areas: dict[str, list[float]] = {}
+    for tile in kept:
+        amounts = areas.setdefault(tile.row.source, [0.0] * len(CLASS_NAMES))
+        amounts[0] += 1
+        for index, name in enumerate(CLASS_NAMES[1:], start=1):
+            amounts[index] += tile.row.counts[name]
+    return areas
+
+
+def outlines(kept: Sequence[Kept]) -> dict[str, shapely.Polygon]:
+    """Return {tile_id: outline in longitude and latitude} of the tiles whose place is known."""
+    return {tile.row.tile_id: tile.footprint for tile in kept if tile.footprint}
+
+
+def on_seen_ground(kept: Sequence[Kept], seen: Sequence[shapely.Polygon]) -> set[str]:
+    """Return the ids of tiles that meet `seen` ground. Raises PrepError where the place of some is unknown."""
+    unknown = [tile.row.tile_id for tile in kept if not tile.footprint]
+    if seen and unknown:
+        raise PrepError(
+            [
+                f"--exclude-ground: where {len(unknown)} tiles lie is not known ({store.name_some(unknown, 3)}); "
+                "put the slices.geojson of the data set beside the patches"
+            ]
+        )
+    return ground.on_ground(outlines(kept), seen)
+
+
+def straddling(kept: Sequence[Kept], validation: set[str]) -> set[str]:
     """Return the ids of training tiles on ground that a validation tile shows too: scenes overlap."""
-    val = [
-        shapely.Polygon(tile["footprint"])
-        for tile in kept
-        if tile["footprint"] and _scene(tile) in validation
+    train, held_out = [
+        outlines([tile for tile in kept if (tile.row.source in validation) == side]) for side in (False, True)
     ]
-    tree = shapely.STRtree(val)
-    train = [tile for tile in kept if tile["footprint"] and _scene(tile) not in validation]
-    return {
-        _tile_id(tile)
-        for tile in train
-        if tree.query(shapely.Polygon(tile["footprint"]), predicate="intersects").size
-    }
+    return ground.on_ground(train, held_out.values())
 
 
-def _tile_id(tile: dict) -> str:
-    return tile["row"][0]
-
-
-def _scene(tile: dict) -> str:
-    return tile["row"][1]
-
-
-def _drop_overlapping(tile: dict) -> dict:
-    """Return the row of dropped.csv for a kept tile that is not kept after all."""
-    reason = "overlaps a validation tile"
-    return {"tile_id": _tile_id(tile), "scene": _scene(tile), "reason": reason, **tile["row"][6]}
-
-
-def assemble(
-    out: Path, partial: Path, results: Mapping[str, dict], about: Mapping, settings: Settings
-) -> Summary:
-    """Make the store from the scenes' partial results, in the order of the scenes.
-
-    Raises:
-        PrepError: nothing to keep, or debris outweighs clean ice in patches.
-    """
-    kept = [tile for result in results.values() for tile in result["kept"]]
-    dropped = [tile for result in results.values() for tile in result["dropped"]]
-    check_kinds(kept, about)
-    validation = choose_validation(scene_areas(kept), settings.val_share, settings.seed)
-    shared = straddling(kept, validation)
-    dropped += [_drop_overlapping(tile) for tile in kept if _tile_id(tile) in shared]
-    kept = [tile for tile in kept if _tile_id(tile) not in shared]
-    rows = [store.TileRow(*tile["row"]) for tile in kept]
-    split = split_by_scene(rows, validation)
-    statistics = training_statistics(kept, set(split.train))
-    scenes = describe_scenes(results, rows, validation)
-    with store.create(out, scratch=partial) as writer:
-        for row in rows:
-            for kind in ("images", "masks"):
-                name = f"{kind}/{row.tile_id}.npy"
-                hand_over(partial / row.source / name, writer.folder / name)
-        write_dropped(writer.folder / DROPPED_FILE, dropped)
-        writer.write_index(rows, statistics, split, {**about, "tiles": len(rows), "scenes": scenes})
-    return Summary(out, rows, statistics, split, dropped, scenes)
+def leave_out(kept: list[Kept], dropped: list[dict], ids: set[str], reason: str) -> list[Kept]:
+    """Return the tiles without those with these ids, which become rows of dropped.csv."""
+    for row in (tile.row for tile in kept if tile.row.tile_id in ids):
+        dropped.append({"tile_id": row.tile_id, "scene": row.source, "reason": reason, **row.counts})
+    return [tile for tile in kept if tile.row.tile_id not in ids]
 
 
 def split_by_scene(rows: Sequence[store.TileRow], validation: set[str]) -> store.Split:
@@ -554,21 +466,57 @@ def split_by_scene(rows: Sequence[store.TileRow], validation: set[str]) -> store
     sides = [
         [row.tile_id for row in rows if (row.source in validation) == held_out] for held_out in (False, True)
     ]
-    split = store.Split(*sides)
-    if not split.train:
+    if not sides[0]:
         raise PrepError(
             ["every training tile overlaps a validation tile; add scenes of other places, or other --seed"]
         )
-    return split
+    return store.Split(*sides)
 
 
-def training_statistics(kept: Sequence[dict], training: set[str]) -> dict:
-    """Return the content of stats.json: exact, over the valid pixels of the training tiles."""
+# --- The store ------------------------------------------------------------------------------------
+
+
+def assemble(
+    out: Path,
+    partial: Path,
+    results: Mapping[str, dict],
+    about: Mapping,
+    settings: Settings,
+    seen: Sequence[shapely.Polygon],
+) -> Summary:
+    """Make the store from the scenes' partial results, in the order of the scenes; none on `seen` ground.
+
+    Raises:
+        PrepError: nothing to keep, or tiles of unknown place where some ground is to be left out.
+    """
+    kept = [
+        Kept(store.TileRow(*row), sums, shapely.from_wkt(footprint) if footprint else None)
+        for result in results.values()
+        for row, sums, footprint in result["kept"]
+    ]
+    dropped = [tile for result in results.values() for tile in result["dropped"]]
+    kept = leave_out(kept, dropped, on_seen_ground(kept, seen), f"on the ground of {about['exclude_ground']}")
+    if not kept:
+        raise PrepError(["no tile is worth keeping; are the labels of this region? See --min-glacier"])
+    validation = choose_validation(scene_areas(kept), settings.val_share, settings.seed)
+    kept = leave_out(kept, dropped, straddling(kept, validation), "overlaps a validation tile")
+    rows = [tile.row for tile in kept]
+    split = split_by_scene(rows, validation)
     accumulator = stats.BandAccumulator()
     for tile in kept:
-        if _tile_id(tile) in training:
-            accumulator.absorb(tile["stats"])
-    return stats.describe(accumulator.result())
+        if tile.row.source not in validation:
+            accumulator.absorb(tile.stats)
+    statistics = stats.describe(accumulator.result())
+    scenes = describe_scenes(results, rows, validation)
+    with store.create(out, scratch=partial) as writer:
+        for row in rows:
+            for kind in ("images", "masks"):
+                name = f"{kind}/{row.tile_id}.npy"
+                hand_over(partial / row.source / name, writer.folder / name)
+        write_dropped(writer.folder / DROPPED_FILE, dropped)
+        ground.write_ground(writer.folder, outlines(kept))
+        writer.write_index(rows, statistics, split, {**about, "tiles": len(rows), "scenes": scenes})
+    return Summary(out, rows, statistics, split, dropped, scenes)
 
 
 def hand_over(source: Path, target: Path) -> None:
@@ -579,42 +527,15 @@ def hand_over(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def check_kinds(kept: Sequence[dict], about: Mapping) -> None:
-    """Raise PrepError where nothing is kept, or where patches have more debris than clean ice."""
-    if not kept:
-        raise PrepError(["no tile is worth keeping; are the labels of this region? See --min-glacier"])
-    order = about["labels"].get("mask_order")
-    clean, debris = (sum(tile["row"][6][name] for tile in kept) for name in ("glacier", "debris"))
-    if order and debris >= clean:
-        raise PrepError(
-            [
-                f"--mask-order {order}: debris has {debris:,} px and clean ice {clean:,}; clean is the "
-                "larger in this data set, so the two channels are the other way round: change the order"
-            ]
-        )
-
-
-def scene_areas(kept: Sequence[dict]) -> dict[str, list[float]]:
-    """Return {scene: [tiles, pixels of glacier, of debris, of lake]}."""
-    areas: dict[str, list[float]] = {}
-    for tile in kept:
-        counts = tile["row"][6]
-        amounts = areas.setdefault(_scene(tile), [0.0] * 4)
-        amounts[0] += 1
-        for index, name in enumerate(CLASS_NAMES[1:], start=1):
-            amounts[index] += counts[name]
-    return areas
-
-
 def describe_scenes(results: Mapping[str, dict], rows: Sequence[store.TileRow], validation: set[str]) -> dict:
     """Return {scene: side of the split, tiles kept, tiles seen}, a scene without a tile included."""
-    kept = {name: sum(row.source == name for row in rows) for name in results}
-    seen = {name: len(result["kept"]) + len(result["dropped"]) for name, result in results.items()}
-    side = {name: "validation" if name in validation else "training" for name in results}
-    return {
-        name: {"side": side[name] if kept[name] else None, "kept": kept[name], "tiles": seen[name]}
-        for name in results
-    }
+    scenes = {}
+    for name, result in results.items():
+        kept = sum(row.source == name for row in rows)
+        side = "validation" if name in validation else "training"
+        seen = len(result["kept"]) + len(result["dropped"])
+        scenes[name] = {"side": side if kept else None, "kept": kept, "tiles": seen}
+    return scenes
 
 
 def write_dropped(path: Path, dropped: Sequence[dict]) -> None:

@@ -123,10 +123,32 @@ def test_nan_is_fill():
     assert landsat7.as_numbers(np.array([np.nan, 3.0]), "x").tolist() == [0, 3]
 
 
-@pytest.mark.parametrize("value", [0.43, 10_000.0, -9999.0])
-def test_other_units_are_refused(value):
-    with pytest.raises(SceneError, match=f"x.tif: found {value:g}, expected whole digital numbers 0 to 255"):
-        landsat7.as_numbers(np.array([value, 7.0], np.float32), "x.tif")
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [([0.4, 1.6, 200.5, 31.0], [1, 2, 200, 31]), ([-12.3, 264.9, 90.2, 40.0], [1, 255, 90, 40])],
+)
+def test_values_of_filled_gaps_are_rounded_and_clipped(values, numbers):
+    assert landsat7.as_numbers(np.array(values, np.float32), "x").tolist() == numbers
+
+
+def test_a_few_predictions_far_off_are_clipped():
+    values = np.full(100, 77.5)
+    values[:4] = (-900, 3000, -1e6, np.inf)
+    assert landsat7.as_numbers(values, "x")[:5].tolist() == [1, 255, 1, 0, 78]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.43, 0.71, 0.05, 256.2],  # reflectance and kelvin
+        [10_000, 7500, 8200, 600],  # 16-bit
+        [-9999, -9999, 30, 40],  # nodata that is not declared
+        [-1.2, 0.3, 0.01, 2.4],  # standardised
+    ],
+)
+def test_other_units_are_refused(values):
+    with pytest.raises(SceneError, match="x.tif: found values from .* expected digital numbers 0 to 255"):
+        landsat7.as_numbers(np.array(values, np.float32), "x.tif")
 
 
 # --- the sun ---
@@ -149,6 +171,44 @@ def test_the_csv_comes_before_tags_before_mtl(tmp_path):
 def test_an_unknown_sun_is_45_degrees_with_a_warning(tmp_path, capsys):
     assert find_sun(tmp_path / "LE07.tif", {}, {}) == Sun(45.0, 1.0, "assumed")
     assert "LE07.tif: no sun elevation in its tags, LE07_MTL.txt or the CSV" in capsys.readouterr().err
+
+
+# Worked out by hand from declination and hour angle of 10:20 apparent solar time, at the path's place.
+@pytest.mark.parametrize(
+    ("name", "elevation", "distance"),
+    [
+        ("LE07_140041_20051012", 50, 0.998),
+        ("LE07_148036_20050902", 56, 1.009),
+        ("LE07_146039_20010101", 31, 0.983),
+    ],
+)
+def test_the_name_tells_the_sun(tmp_path, capsys, name, elevation, distance):
+    sun = find_sun(tmp_path / f"{name}.tif", {}, {})
+    assert sun.elevation == pytest.approx(elevation, abs=2)
+    assert sun.distance == pytest.approx(distance, abs=0.002)
+    assert find_sun(tmp_path / f"{name}.tif", {"SUN_ELEVATION": "12"}, {}).elevation == 12
+    assert not capsys.readouterr().err
+
+
+# Centres of WRS-2 as USGS lists them: 140/041 is the Khumbu, 148/036 Zanskar, 134/040 eastern Tibet.
+@pytest.mark.parametrize(
+    ("name", "longitude", "latitude"),
+    [
+        ("LE07_140041_20051012", 86.4, 27.4),
+        ("LE07_148036_20050902", 75.9, 34.6),
+        ("LE07_134040_20070922", 96.0, 28.9),
+    ],
+)
+def test_the_name_tells_the_place(name, longitude, latitude):
+    centre = landsat7.read_name(name).centre()
+    assert centre == (pytest.approx(longitude, abs=0.6), pytest.approx(latitude, abs=0.4))
+
+
+@pytest.mark.parametrize(
+    "name", ["scene", "LE07_140041_2005", "LE07_140041_20051399", "LC08_140041_20151012"]
+)
+def test_other_names_tell_nothing(name):
+    assert landsat7.read_name(name) is None
 
 
 @pytest.mark.parametrize(
