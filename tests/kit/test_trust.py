@@ -1,15 +1,19 @@
 """What the kit trusts: no file of others is executed, no shell is built from names, weights are pinned."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from support import PROJECT, write_model
 
 from train.submit import reference as release
+from train.submit.archive import sha256
 
 FORBIDDEN = {
     "pickle.load",
@@ -51,7 +55,7 @@ def keyword(call: ast.Call, name: str) -> str | None:
 
 def test_the_files_are_found():
     names = {str(path.relative_to(PROJECT)) for path in FILES}
-    assert {"solution.py", "prep/store.py", "train/fit.py", "tests/test_trust.py"} <= names
+    assert {"solution.py", "prep/store.py", "train/fit.py", "tests/kit/test_trust.py"} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
@@ -84,54 +88,47 @@ def test_lightning_resumes_from_plain_containers_only():
     assert (int(version[1]), int(version[2])) >= (2, 6)
 
 
-# --- The pin of the weights -----------------------------------------------------------------------
+# --- The weights that are shipped -----------------------------------------------------------------
 
 
-@pytest.fixture
-def weights(tmp_path):
-    """Return a tiny model with a card that states its SHA-256."""
-    path = write_model(tmp_path / "model.pth")
-    release.card_of(path).write_text(f"- Size: 1 MB; SHA-256 `{release.sha256(path)}`\n")
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Return a tiny model with its reference, as a release has it."""
+    path = write_model(tmp_path_factory.mktemp("weights") / "model.pth")
+    assert release.main(["--weights", str(path), "--write"]) == 0
     return path
 
 
-def test_weights_are_those_of_their_card(weights):
-    assert release.check_pin(weights).passed and not release.check_pin(weights).doubtful
-    write_model(weights, class_bias=(0.0, 0.0, 0.0, 1.0))
-    result = release.check_pin(weights)
-    assert not result.passed and "not that of model_card.md" in result.found
+@pytest.fixture
+def other(weights, tmp_path) -> Path:
+    """Return other weights beside the same reference."""
+    shutil.copytree(weights.parent, tmp_path / "weights")
+    return write_model(tmp_path / "weights" / "model.pth", views=2)
 
 
-def test_weights_without_a_card_pass_with_a_warning(weights):
-    release.card_of(weights).unlink()
-    result = release.check_pin(weights)
-    assert result.passed and result.doubtful and "train pack" in result.expected
+def test_the_card_states_the_sha256_of_the_shipped_weights():
+    card = (PROJECT / "weights" / "model_card.md").read_text(encoding="utf-8")
+    assert f"SHA-256 `{sha256(PROJECT / 'weights' / 'model.pth')}`" in card
 
 
-def test_the_card_that_pack_writes_is_read():
-    card = release.card_of(PROJECT / "weights" / "model.pth")
-    assert re.fullmatch("[0-9a-f]{64}", release.pinned_sha256(card))
-
-
-# --- The reference mask ---------------------------------------------------------------------------
-
-
-def test_a_reference_is_met_by_its_own_weights_only(weights, capsys):
-    (undecided,) = release.check_reference(weights)
-    assert undecided.passed and undecided.doubtful and "--write" in undecided.expected
-    assert release.main(["--weights", str(weights), "--write"]) == 0
-    assert sum(release.write_reference(weights)["pixels"].values()) == 512 * 512
-    (met,) = release.check_reference(weights)
+def test_a_reference_is_met_by_its_own_weights_only(weights, other, capsys):
+    met = release.check_reference(weights)
     assert met.passed and met.found.startswith("100.0000%")
-    assert release.main(["--weights", str(weights)]) == 0
-    write_model(weights, class_bias=(0.0, 0.0, 0.0, 1.0))
-    assert release.main(["--weights", str(weights)]) == 1
+    assert sum(json.loads(weights.with_name(release.REFERENCE).read_text())["pixels"].values()) == 512 * 512
+    assert release.main(["--weights", str(other)]) == 1
     assert "is of other weights" in capsys.readouterr().out
+    other.with_name(release.REFERENCE).unlink()
+    undecided = release.check_reference(other)
+    assert undecided.passed and undecided.doubtful and "make reference" in undecided.expected
 
 
-def test_a_changed_reference_is_noticed(weights):
-    release.write_reference(weights)
-    shutil.copy(weights.parent / release.REFERENCE_MASK, weights.parent / "kept.png")
-    release.cv2.imwrite(str(weights.parent / release.REFERENCE_MASK), release.np.zeros((512, 512), "uint8"))
-    (result,) = release.check_reference(weights)
+def test_the_check_of_ones_own_weights_does_not_speak_of_the_release(weights, other):
+    assert [result.check for result in release.check_shipped(weights, weights)] == ["reference mask"]
+    assert release.check_shipped(other, weights) == release.check_shipped(other, other) == []
+
+
+def test_a_changed_reference_is_noticed(weights, tmp_path):
+    copy = shutil.copytree(weights.parent, tmp_path / "weights") / "model.pth"
+    cv2.imwrite(str(copy.with_name(release.REFERENCE_MASK)), np.zeros((512, 512), np.uint8))
+    result = release.check_reference(copy)
     assert not result.passed and "was changed" in result.found

@@ -10,15 +10,20 @@ import pytest
 import support
 import torch
 
-from train.submit import archive as submission
-from train.submit.check import check_case, check_submission
-from train.submit.check.budget import Batch
-from train.submit.check.callers import COMMAND_LINES, check_command_line, check_maskgeration
-from train.submit.check.cases import lay_out_case
-from train.submit.check.masks import judge_agreement
-from train.submit.check.processes import CLOSED_PORT, Candidate, copy_submission, run_bare
-from train.submit.check.verdict import CheckResult, format_results
-from train.submit.check.weights import check_damaged_command, check_loading, check_size, make_damaged_weights
+from train.submit import archive, check, command
+from train.submit.callers import (
+    CLOSED_PORT,
+    COMMAND_LINES,
+    Candidate,
+    check_command_line,
+    check_maskgeration,
+    copy_submission,
+    run_bare,
+)
+from train.submit.check import Machine, check_case, check_submission, judge_seconds
+from train.submit.limits import KNOWN_SECONDS
+from train.submit.tiles import Outcome, judge_agreement, lay_out_case
+from train.submit.verdict import CheckResult, format_results
 
 # A whole submission without a network, so that its processes start at once. `model.pth` is text: the level of
 # the blue band above which a pixel is ice. Each sabotage below replaces one piece of it.
@@ -34,16 +39,16 @@ def read_model_file(path):
     text = pathlib.Path(path).read_text() if pathlib.Path(path).is_file() else "absent"
     if not text.startswith("level ") or not text.endswith(" end"):
         raise InputError("damaged weights")
-    keys = dict.fromkeys(["format", "members", "passes", "class_bias", "postprocess", "provenance"])
-    keys["members"] = [dict.fromkeys(["arch", "weight", "fold", "val_mcc", "normalization", "state_dict"])]
-    keys["provenance"] = dict.fromkeys(["tiles", "scheme", "config", "versions"])
-    return {**keys, "level": float(text.split()[1])}
+    return {"level": float(text.split()[1])}
 
 def load_model(path):
     return read_model_file(path)["level"]
 
 def segment(paths, level):
-    bands = np.stack([tifffile.imread(path) for path in paths])
+    try:
+        bands = np.stack([tifffile.imread(path) for path in paths])
+    except Exception:
+        return np.zeros(tifffile.imread(paths[0]).shape, np.uint8)
     mask = np.where(bands[0] > level, 85, 0).astype(np.uint8)
     mask[(bands == 0).all(axis=0)] = 0
     return mask
@@ -149,22 +154,24 @@ CALLER_SABOTAGES = [
     ),
     ("dead model", "level, 85, 0)", "1e9, 85, 0)", {"classes"}),
 ]
-WEIGHT_SABOTAGES = [
+WHOLE_SABOTAGES = [
     (
         "random weights",
         READ_LEVEL,
-        (
-            'try:\n        return read_model_file(path)["level"]\n'
-            "    except InputError:\n        return 12345.0"
-        ),
-        {"refused", "no masks"},
+        'try:\n        return read_model_file(path)["level"]\n    except InputError:\n        return 12345.0',
+        {"refused by a command line", "refused by maskgeration", "no masks"},
     ),
-    ("incomplete weights", '"class_bias", ', "", {"contents"}),
     (
         "not strict",
         "def load_model",
         "def load_anything",
         {"strict loading", "exit status", "returns a dict"},
+    ),
+    (
+        "hostile tile",
+        "    except Exception:\n",
+        "    except KeyError:\n",
+        {"a mask for every tile", "returns a dict"},
     ),
 ]
 
@@ -190,20 +197,25 @@ def run_check(tmp_path: Path, code: str, tiles: Path | None) -> list[CheckResult
     """Check a submission without a network."""
     (tmp_path / "work").mkdir()
     files = write_submission(tmp_path / "handed in", code)
-    return check_submission(*files, tiles, tmp_path / "work", batch=Batch(2, 64))
+    return check_submission(*files, tiles, tmp_path / "work", 2, 64)
+
+
+def make_candidate(workdir: Path, solution: Path, weights: Path) -> Candidate:
+    """Return a candidate that tells nothing."""
+    return Candidate(solution, weights, workdir, sys.executable, lambda text: None)
 
 
 def test_an_honest_submission_passes_with_both_naming_styles(tmp_path, capsys):
     results = run_check(tmp_path, HONEST, None)
     assert [result for result in results if not result.passed] == []
     subjects = {result.subject for result in results}
+    callers = [*(line.label for line in COMMAND_LINES), "maskgeration(bands, model.pth)"]
     assert {
-        f"{naming} names: {line.label}" for naming in ("training", "platform") for line in COMMAND_LINES
-    } < (subjects)
-    assert "platform names: maskgeration(bands, model.pth)" in subjects
-    assert "training names: maskgeration(bands, OUT), files" in subjects
-    progress = capsys.readouterr().err.splitlines()
-    assert progress[0].startswith("[1/13]") and progress[-1].startswith("[13/13]")
+        f"{naming} names: {caller}" for naming in ("training", "platform") for caller in callers
+    } < subjects
+    assert {"training names: maskgeration(bands, OUT), files", "a damaged tile: maskgeration"} < subjects
+    progress = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert progress[0].startswith("[1/16]") and progress[-1].startswith("[16/16]")
 
 
 def sabotages(rows: list[tuple]):
@@ -225,12 +237,11 @@ def test_a_sabotaged_caller_is_caught_by_name(tmp_path, tiles, piece, instead, c
     assert HONEST.count(piece) == 1
     files = write_submission(tmp_path / "handed in", HONEST.replace(piece, instead))
     case = lay_out_case("two tiles", tiles, tmp_path / "tiles")
-    candidate = Candidate(*files, tmp_path, sys.executable, lambda text: None)
-    assert_caught(check_case(candidate, case)[0], caught)
+    assert_caught(check_case(make_candidate(tmp_path, *files), case)[0], caught)
 
 
-@sabotages(WEIGHT_SABOTAGES)
-def test_a_sabotaged_loader_is_caught_by_name(tmp_path, tiles, piece, instead, caught):
+@sabotages(WHOLE_SABOTAGES)
+def test_what_is_not_safe_is_caught_by_name(tmp_path, tiles, piece, instead, caught):
     assert HONEST.count(piece) == 1
     assert_caught(run_check(tmp_path, HONEST.replace(piece, instead), tiles), caught)
 
@@ -239,11 +250,11 @@ def test_weights_over_the_limit_fail(tmp_path):
     weights = tmp_path / "model.pth"
     with weights.open("wb") as stream:  # sparse: takes no room on the disk
         stream.truncate(300_000_001)
-    result = check_size(weights)
+    result = check.check_size(weights)
     assert (result.check, result.passed) == ("size", False)
     with weights.open("wb") as stream:
         stream.truncate(300_000_000)
-    assert check_size(weights).passed
+    assert check.check_size(weights).passed
 
 
 @pytest.fixture
@@ -257,35 +268,30 @@ def one_core():
 
 @pytest.mark.slow
 def test_the_kits_own_solution_passes(tmp_path, tiles, one_core):
-    """Its real processes: loading, one command line, the platform's way, damaged weights."""
-    content = support.model_content()
-    content["members"][0].update(fold=0, val_mcc=0.0)
-    content["provenance"] = {"tiles": ["001"], "scheme": "stratified", "config": {}, "versions": {}}
-    torch.save(content, tmp_path / "model.pth")
+    """Its real processes: loading, a command line, the platform's way, damaged weights, a damaged tile."""
+    weights = support.write_model(tmp_path / "model.pth")
     case = lay_out_case("tiny", tiles, tmp_path / "tiny")
-    candidate = Candidate(
-        support.PROJECT / "solution.py", tmp_path / "model.pth", tmp_path, sys.executable, lambda text: None
-    )
-    results = check_loading(candidate, case)
+    candidate = make_candidate(tmp_path, support.PROJECT / "solution.py", weights)
+    results = [check.check_loading(candidate, case)]
     written, first = check_command_line(candidate, case, COMMAND_LINES[0])
     returned, others = check_maskgeration(candidate, case)
     results += [*written, *returned, judge_agreement("tiny", first + others)]
-    damaged = make_damaged_weights(candidate.weights, tmp_path / "damaged")
+    damaged = check.damage_weights(weights, tmp_path / "damaged")
     assert set(damaged) == {"weights cut in half", "no weights", "a tensor missing"}
-    results += check_damaged_command(candidate, case, "a tensor missing", damaged["a tensor missing"])
+    results += check.check_damaged_weights(candidate, case, "a tensor missing", damaged["a tensor missing"])
+    results += check.check_damaged_tile(candidate, check.damage_case(case, tmp_path / "damaged tile"))
     assert [result for result in results if not result.passed] == []
 
 
 def test_tiles_are_read_only_and_nothing_of_the_project_is_in_reach(tmp_path, tiles):
     case = lay_out_case("tiny", tiles, tmp_path / "tiny")
     assert all(path.stat().st_mode & 0o222 == 0 for path in [case.folder, *case.folder.rglob("*")])
-    candidate = Candidate(Path("solution.py"), Path("model.pth"), tmp_path, sys.executable, lambda text: None)
     code = (
         "import os; print(sorted(os.listdir('.')), os.environ.get('PYTHONPATH'), os.environ['https_proxy'])"
     )
-    (tmp_path / "a").write_text("x")
-    run = run_bare(candidate, {"a.txt": tmp_path / "a"}, ["-c", code], case)
-    assert run.output.split("\n")[0] == f"['a.txt'] None {CLOSED_PORT}"
+    (tmp_path / "a.py").write_text("x")
+    run = run_bare(make_candidate(tmp_path, tmp_path / "a.py", tmp_path / "absent"), ["-c", code], case)
+    assert run.output.split("\n")[0] == f"['solution.py'] None {CLOSED_PORT}"
     assert not (tmp_path / "bare").exists()
 
 
@@ -298,12 +304,69 @@ def test_what_is_checked_stays_as_it_was_handed_in(tmp_path):
     assert [path.name for path in copies] == ["solution.py", "model.pth"]
 
 
-def test_missing_files_and_interpreters_are_named(tmp_path, tiles):
-    solution, weights = write_submission(tmp_path / "handed in", HONEST)
-    with pytest.raises(submission.SubmissionError, match="no-model.pth: no such file"):
-        check_submission(solution, tmp_path / "no-model.pth", tiles, tmp_path)
-    with pytest.raises(submission.SubmissionError, match="no-python: does not run"):
-        check_submission(solution, weights, tiles, tmp_path, "no-python")
+def test_missing_files_are_named(tmp_path, tiles):
+    solution, _ = write_submission(tmp_path / "handed in", HONEST)
+    with pytest.raises(archive.SubmissionError, match="no-model.pth: no such file"):
+        check_submission(solution, tmp_path / "no-model.pth", tiles, tmp_path, 1)
+
+
+@pytest.mark.parametrize("share, agree", [(0.0, True), (0.0009, True), (0.002, False)])
+def test_masks_may_differ_in_single_pixels(share, agree):
+    one = torch.zeros(100, 100, dtype=torch.uint8).numpy()
+    other = one.copy()
+    other.reshape(-1)[: int(share * other.size)] = 85
+    outcomes = [Outcome("one", {"001": one}), Outcome("other", {"001": other})]
+    assert judge_agreement("callers", outcomes).passed == agree
+
+
+# --- The clock ------------------------------------------------------------------------------------
+
+FREE, BUSY = Machine(0.0, 1.0), Machine(0.0, 0.6)
+
+
+def test_a_machine_is_busy_where_work_gets_a_part_of_its_time_or_others_wait():
+    assert not FREE.busy and BUSY.busy and Machine(float(os.cpu_count()), 1.0).busy
+    assert str(BUSY) == f"machine busy: load 0.0 on {os.cpu_count()} cores, work gets 60%"
+    assert 0 < check.measure_machine(0.0).share <= 1
+
+
+def test_a_slow_run_fails_on_a_free_machine_and_is_a_warning_on_a_busy_one():
+    late = KNOWN_SECONDS + 0.2
+    assert judge_seconds("tiles", KNOWN_SECONDS - 0.1, "", FREE)[2:3] == (True,)
+    assert not judge_seconds("tiles", KNOWN_SECONDS - 0.1, "", BUSY).doubtful
+    failed, warned = judge_seconds("tiles", late, "", FREE), judge_seconds("tiles", late, "", BUSY)
+    assert not failed.passed and "--time-budget" in failed.expected
+    assert warned.passed and warned.doubtful and "when the machine is free" in warned.expected
+    table = format_results([warned])
+    assert "warn  tiles  seconds: found 45.2 s with start" in table and "work gets 60%" in table
+    assert "1 checks passed, 1 of them with a warning, 0 failed: it would be accepted" in table
+
+
+def timed(tmp_path: Path, code: str) -> dict[str, CheckResult]:
+    """Return the results on the clock of a submission without a network, by what they check."""
+    files = write_submission(tmp_path / "handed in", code)
+    return {
+        result.check: result for result in check.check_clock(make_candidate(tmp_path, *files), 2, 64, 0.0)
+    }
+
+
+def test_a_run_that_is_too_slow_is_made_once_more(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "KNOWN_SECONDS", 0.0)
+    monkeypatch.setattr(check, "measure_machine", lambda load: FREE)
+    counted = HONEST + f"\nopen({str(tmp_path / 'runs')!r}, 'a').write('x')\n"
+    assert not timed(tmp_path, counted)["seconds"].passed
+    assert (tmp_path / "runs").read_text() == "xx"
+    assert "once more" in capsys.readouterr().err
+
+
+def test_the_timed_run_tells_its_memory_and_has_no_time_budget_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLACIER_TIME_BUDGET", "0.001")  # the platform has no such variable
+    code = HONEST + "\nimport os; assert 'GLACIER_TIME_BUDGET' not in os.environ\n"
+    results = timed(tmp_path, code)
+    assert [result for result in results.values() if not result.passed] == []
+    assert 0.02 < float(results["peak memory"].found.split()[0]) < 2
+    assert not check.judge_memory("tiles", int(check.MEMORY_AIM)).doubtful
+    assert check.judge_memory("tiles", int(check.MEMORY_AIM) + 1).doubtful
 
 
 # --- The zip --------------------------------------------------------------------------------------
@@ -311,51 +374,56 @@ def test_missing_files_and_interpreters_are_named(tmp_path, tiles):
 
 def test_the_zip_holds_both_files_at_its_top_and_is_reproducible(tmp_path):
     solution, weights = write_submission(tmp_path / "handed in", HONEST)
-    one = submission.make_submission(solution, weights, tmp_path / "dist" / "one.zip")
+    one, other = tmp_path / "dist" / "one.zip", tmp_path / "dist" / "other.zip"
+    archive.write_submission(solution, weights, one)
     weights.touch()
-    other = submission.make_submission(solution, weights, tmp_path / "dist" / "other.zip")
+    archive.write_submission(solution, weights, other)
     assert one.read_bytes() == other.read_bytes()
-    with zipfile.ZipFile(one) as archive:
-        assert archive.namelist() == ["solution.py", "model.pth"]
-        assert archive.read("model.pth") == weights.read_bytes()
+    with zipfile.ZipFile(one) as opened:
+        assert opened.namelist() == ["solution.py", "model.pth"]
+        assert opened.read("model.pth") == weights.read_bytes()
     assert sorted(path.name for path in one.parent.iterdir()) == ["one.zip", "other.zip"]
 
 
-def test_an_older_zip_is_kept_unless_told(tmp_path):
+def test_an_older_zip_is_kept_until_the_new_one_is_there(tmp_path):
     solution, weights = write_submission(tmp_path / "handed in", HONEST)
     out = tmp_path / "submission.zip"
     out.write_text("older")
-    with pytest.raises(submission.SubmissionError, match="--overwrite"):
-        submission.make_submission(solution, weights, out)
-    with pytest.raises(submission.SubmissionError, match="no such file"):
-        submission.replace_submission(solution, tmp_path / "none.pth", out)
+    with pytest.raises(archive.SubmissionError, match="OVERWRITE=yes"):
+        archive.refuse_existing(out)
+    with pytest.raises(archive.SubmissionError, match="no such file"):
+        archive.write_submission(solution, tmp_path / "none.pth", out)
     assert out.read_text() == "older"
-    submission.replace_submission(solution, weights, out)
+    archive.write_submission(solution, weights, out)
     assert zipfile.is_zipfile(out)
 
 
-def test_a_zip_that_unpacks_to_something_else_is_refused(tmp_path):
-    solution, weights = write_submission(tmp_path / "handed in", HONEST)
-    submission.write_zip({"solution.py": solution, "model.pth": solution}, tmp_path / "wrong.zip")
-    with pytest.raises(submission.SubmissionError, match="unpacks to"):
-        submission.verify_zip({"solution.py": solution, "model.pth": weights}, tmp_path / "wrong.zip")
+def run_submission(tmp_path: Path, tiles: Path, name: str, code: str, *options: str) -> int:
+    """Run the command `submission` on a submission without a network."""
+    parser = argparse.ArgumentParser()
+    command.add_submission_arguments(parser)
+    solution, weights = write_submission(tmp_path / name, code)
+    files = ["--solution", str(solution), "--weights", str(weights), "--data", str(tiles)]
+    out = ["--timed-tiles", "1", "--out", str(tmp_path / "submission.zip")]
+    return command.run_submission(parser.parse_args([*files, *out, *options]))
 
 
 def test_the_command_writes_a_zip_only_after_a_passed_check(tmp_path, tiles, capsys):
-    parser = argparse.ArgumentParser()
-    submission.add_submission_arguments(parser)
-    out = tmp_path / "submission.zip"
+    out, wrong = tmp_path / "submission.zip", HONEST.replace("level, 85, 0)", "level, 1, 0)")
+    assert run_submission(tmp_path, tiles, "bad", wrong, "--force") == 1
+    assert not out.exists() and "values" in capsys.readouterr().err
+    assert run_submission(tmp_path, tiles, "good", HONEST) == 0
+    *_, told, last = capsys.readouterr().out.splitlines()
+    assert f"SHA-256 {archive.sha256(out)}" in told
+    assert "upload model.pth and solution.py" in last
+    with pytest.raises(archive.SubmissionError, match="--overwrite"):
+        run_submission(tmp_path, tiles, "again", HONEST)
 
-    def run(name: str, code: str) -> int:
-        solution, weights = write_submission(tmp_path / name, code)
-        files = ["--solution", str(solution), "--weights", str(weights)]
-        return submission.run_submission(
-            parser.parse_args([*files, "--data", str(tiles), "--timed-tiles", "1", "--out", str(out)])
-        )
 
-    assert run("bad", HONEST.replace("level, 85, 0)", "level, 1, 0)")) == 1
-    assert not out.exists()
-    assert run("good", HONEST) == 0
-    assert f"SHA-256 {submission.sha256(out)}" in capsys.readouterr().out
-    with pytest.raises(submission.SubmissionError, match="--overwrite"):
-        run("again", HONEST)
+def test_force_ships_what_only_took_too_long(tmp_path, tiles, monkeypatch, capsys):
+    late = CheckResult("tiles", "seconds", False, "46 s", "45 s")
+    monkeypatch.setattr(check, "check_submission", lambda *_: [late])
+    assert run_submission(tmp_path, tiles, "late", HONEST) == 1
+    assert "make submission FORCE=yes" in capsys.readouterr().err
+    assert run_submission(tmp_path, tiles, "forced", HONEST, "--force") == 0
+    assert (tmp_path / "submission.zip").is_file()

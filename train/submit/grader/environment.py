@@ -4,71 +4,33 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple
+from typing import NamedTuple
 
-GRADER_VERSION = (3, 9)
-# For these the pinned packages have wheels: torch 2.0.1 ends with 3.11, numpy 1.26 begins with 3.9.
-OLDEST, NEWEST = (3, 9), (3, 11)
+from solution import KitError
+
+GRADER_VERSION = "3.9."
 PYTHON_VARIABLE = "GRADER_PYTHON"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-NUMPY_2 = "numpy==2.0.2"  # the last for Python 3.9
-
-STAMP = "ready.json"  # written last: an environment without it is half-built
+STAMP = "ready"  # written last: an environment without it is half-built
 PIP_LOG = "pip.log"
 SHOWN_LINES = 5  # of pip's last words
+PROBE_CODE = "import platform, venv, ensurepip; print(platform.python_version())"
 
 
-class GraderError(Exception):
+class GraderError(KitError):
     """The check could not be made; the message says what was looked for, what was found and what to do."""
 
 
 class Interpreter(NamedTuple):
-    """A Python that can make virtual environments, and where it was found."""
+    """A Python 3.9 that can make virtual environments."""
 
     path: str
-    version: tuple[int, int, int]
-    origin: str
-
-    @property
-    def label(self) -> str:
-        """Its version in words."""
-        return "Python " + ".".join(map(str, self.version))
-
-
-class Environment(NamedTuple):
-    """A finished environment. `numpy_2` is a folder that, put first on the path, brings NumPy 2.
-
-    `built` is None where it was there already, else how many seconds it took.
-    """
-
-    python: Path
-    numpy_2: Path
-    built: float | None
-
-
-# --- Interpreters ---------------------------------------------------------------------------------
-
-PROBE_CODE = "import sys, venv, ensurepip, json; print(json.dumps(sys.version_info[:3]))"
-
-
-def probe(path: str, origin: str) -> Interpreter | None:
-    """Return the interpreter at `path`, or None where it does not run or cannot make environments.
-
-    A shim of pyenv is there for every version and runs only for those that are switched on.
-    """
-    try:
-        done = subprocess.run([path, "-c", PROBE_CODE], capture_output=True, text=True, timeout=60)
-        return Interpreter(path, tuple(json.loads(done.stdout)), origin) if done.returncode == 0 else None
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
+    label: str
 
 
 def said_by(*command: str) -> str:
@@ -80,173 +42,103 @@ def said_by(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def list_pyenv() -> list[str]:
-    """Return the Pythons 3.9 that pyenv has installed, the newest first, switched on or not."""
-    root = os.environ.get("PYENV_ROOT") or said_by("pyenv", "root")
-    if not root:
-        return []
-    found = Path(root).glob("versions/3.9.*/bin/python3.9")
-    return [str(path) for path in sorted(found, key=patch_release, reverse=True)]
+def probe(path: str) -> Interpreter | None:
+    """Return the interpreter at `path`, or None where it does not run, is no Python 3.9, or cannot make
+    environments.
 
-
-def patch_release(path: Path) -> int:
-    """Return 18 for .../versions/3.9.18/bin/python3.9, -1 for a pre-release."""
-    patch = path.parents[1].name.split(".")[-1]
-    return int(patch) if patch.isdigit() else -1
+    A shim of pyenv is there for every version and runs only for those that are switched on.
+    """
+    version = said_by(path, "-c", PROBE_CODE) if path else ""
+    return Interpreter(path, f"Python {version}") if version.startswith(GRADER_VERSION) else None
 
 
 def find_python_3_9() -> Interpreter | None:
     """Return a Python 3.9 from the search path, pyenv or uv, None where there is none that works."""
-    places = {"on PATH": [shutil.which("python3.9") or ""], "of pyenv": list_pyenv()}
-    places["of uv"] = [said_by("uv", "python", "find", "--no-project", "3.9")]
-    for origin, paths in places.items():
-        for path in filter(None, paths):
-            found = probe(path, origin)
-            if found and found.version[:2] == GRADER_VERSION:
-                return found
-    return None
-
-
-def named_python() -> Interpreter | None:
-    """Return the interpreter that GRADER_PYTHON names, None where it names none.
-
-    Raises:
-        GraderError: it names one that does not run.
-    """
-    path = os.environ.get(PYTHON_VARIABLE)
-    if not path:
-        return None
-    found = probe(path, f"named by {PYTHON_VARIABLE}")
-    if found is None:
-        raise GraderError(
-            f"{PYTHON_VARIABLE}={path}: does not run as a Python with its venv and ensurepip modules; name a "
-            "Python 3.9, or unset it to have one searched for"
-        )
-    return found
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv").glob("versions/3.9.*/bin/python3.9")
+    paths = [shutil.which("python3.9") or "", *map(str, sorted(pyenv))]
+    found = filter(None, map(probe, paths))
+    return next(found, None) or probe(said_by("uv", "python", "find", "--no-project", "3.9"))
 
 
 def choose_interpreter() -> Interpreter:
-    """Return the Python of the grader's version, or the one that runs this if the packages exist for it.
+    """Return the Python 3.9 that GRADER_PYTHON names, else one that is found.
 
     Raises:
-        GraderError: neither can be had.
+        GraderError: there is none.
     """
-    chosen = named_python() or find_python_3_9() or probe(sys.executable, "the one that runs this")
-    if chosen is None or not OLDEST <= chosen.version[:2] <= NEWEST:
-        found = f"{chosen.label} ({chosen.origin})" if chosen else "one without venv and ensurepip"
+    named = os.environ.get(PYTHON_VARIABLE, "")
+    chosen = probe(named) if named else find_python_3_9()
+    if chosen is None:
         raise GraderError(
-            f"the check could not be made: looked for Python 3.9 on PATH, in pyenv and in uv, found {found}; "
-            "torch 2.0.1 and numpy 1.26 exist for Python 3.9 to 3.11. Install Python 3.9 (`uv python install "
-            f"3.9` or `pyenv install 3.9`), or name one in {PYTHON_VARIABLE}"
+            (f"{PYTHON_VARIABLE}={named}" if named else "looked on PATH, in pyenv and in uv")
+            + ": found no Python 3.9 that runs, with its modules venv and ensurepip; install one (`uv python "
+            f"install 3.9` or `pyenv install 3.9`), or name one in {PYTHON_VARIABLE}"
         )
     return chosen
 
 
-# --- Building -------------------------------------------------------------------------------------
+def environment_folder(requirements: str) -> Path:
+    """Return where the environment belongs: a folder of its own for each list of packages."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glacier-kit"
+    return cache / f"grader-{hashlib.sha256(requirements.encode()).hexdigest()[:12]}"
 
 
-def cache_folder() -> Path:
-    """Return the folder of all cached environments."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glacier-kit"
+def find_environment(requirements: str | None = None) -> Path | None:
+    """Return the environment's Python if it is there and was built to its end; nothing is built."""
+    folder = environment_folder(REQUIREMENTS.read_text() if requirements is None else requirements)
+    python = folder / "venv" / "bin" / "python"
+    return python if (folder / STAMP).is_file() and python.exists() else None
 
 
-def environment_folder(interpreter: Interpreter, requirements: str, numpy_2: str) -> Path:
-    """Return where the environment belongs: a folder of its own for each list of packages and Python."""
-    recipe = json.dumps([requirements, numpy_2, interpreter.version[:2]])
-    return cache_folder() / f"grader-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-
-
-def in_folder(folder: Path, built: float | None) -> Environment:
-    """Return the environment that lies in `folder`."""
-    return Environment(folder / "venv" / "bin" / "python", folder / "numpy-2", built)
-
-
-def find_environment(interpreter: Interpreter) -> Environment | None:
-    """Return the environment if it is there and whole; nothing is built."""
-    folder = environment_folder(interpreter, REQUIREMENTS.read_text(), NUMPY_2)
-    return in_folder(folder, None) if is_whole(folder) else None
-
-
-def is_whole(folder: Path) -> bool:
-    """Return whether an environment was built to its end, and its Python is still there."""
-    return (folder / STAMP).is_file() and (folder / "venv" / "bin" / "python").exists()
-
-
-def provide_environment(
-    interpreter: Interpreter, requirements: str | None = None, numpy_2: str = NUMPY_2
-) -> Environment:
-    """Return the environment, built where it is not there yet or was left half-built.
+def provide_environment(interpreter: Interpreter, requirements: str | None = None) -> Path:
+    """Return the environment's Python; the environment is built where it is not there or was left half-built.
 
     Args:
         interpreter: the Python to build it with.
         requirements: the text of a requirement list; default: REQUIREMENTS.
-        numpy_2: the requirement that is put into a folder of its own; "" for none.
 
     Raises:
         GraderError: it cannot be built.
     """
     text = REQUIREMENTS.read_text() if requirements is None else requirements
-    folder = environment_folder(interpreter, text, numpy_2)
+    folder = environment_folder(text)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
-        if is_whole(folder):
-            return in_folder(folder, None)
-        started = time.perf_counter()
-        try:
-            build(interpreter, text, numpy_2, folder)
-        except (OSError, subprocess.CalledProcessError) as error:
-            status = getattr(error, "returncode", error)
-            raise GraderError(
-                f"the check could not be made: {folder} could not be built with {interpreter.label} (status "
-                f"{status}): {last_words(folder / PIP_LOG)}; is a package index within reach, and is there "
-                "room on the disk (5 GB)? It is built again next time"
-            ) from error
-        seconds = time.perf_counter() - started
-        stamp = {"python": interpreter.label, "seconds": round(seconds, 1)}
-        (folder / STAMP).write_text(json.dumps(stamp))
-    return in_folder(folder, seconds)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two checks do not build in the same folder
+        if find_environment(text) is None:
+            print(f"building {folder} once: 2 GB to download, 4 GB of disk, minutes", file=sys.stderr)
+            try:
+                build(interpreter, text, folder)
+            except (OSError, subprocess.CalledProcessError) as error:
+                log = folder / PIP_LOG
+                words = log.read_text(errors="replace").split("\n") if log.is_file() else []
+                raise GraderError(
+                    f"{folder} could not be built with {interpreter.label} ({error}): "
+                    f"{' / '.join(words[-SHOWN_LINES:])}; is a package index within reach, and is there room "
+                    "on the disk (5 GB)? It is built again next time"
+                ) from error
+            (folder / STAMP).write_text(interpreter.label)
+    return folder / "venv" / "bin" / "python"
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that two checks do not build in the same folder."""
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def build(interpreter: Interpreter, requirements: str, numpy_2: str, folder: Path) -> None:
+def build(interpreter: Interpreter, requirements: str, folder: Path) -> None:
     """Build an environment in `folder`, in place of what is there; pip's words go to a log in it.
 
-    The list is complete, so dependencies are not resolved (--no-deps): nothing unpinned gets in.
+    The list is complete, so dependencies are not resolved (--no-deps): nothing unpinned gets in. Nor does pip
+    cache what it fetches: this folder is the cache, and 2 GB twice take longer to write than to fetch.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "requirements.txt").write_text(requirements)
-    environment = in_folder(folder, None)
+    options = ["--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
+    packages = ["-r", str(folder / "requirements.txt")]
+    # Python's variables belong to another Python.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with (folder / PIP_LOG).open("wb") as log:
-        run_logged([interpreter.path, "-m", "venv", str(folder / "venv")], log)
-        # Nor cached by pip: this folder is the cache, and 2 GB twice take longer to write than to fetch.
-        options = ["--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
-        install = [str(environment.python), "-m", "pip", "install", *options]
-        run_logged([*install, "-r", str(folder / "requirements.txt")], log)
-        if numpy_2:
-            run_logged([*install, "--target", str(environment.numpy_2), numpy_2], log)
-
-
-def run_logged(command: list[str], log) -> None:
-    """Run a command without Python's variables, which belong to another Python; its words go to `log`."""
-    subprocess.run(
-        command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=clean_variables()
-    )
-
-
-def clean_variables() -> Mapping[str, str]:
-    """Return this process's environment variables without those that steer Python."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-
-
-def last_words(log: Path) -> str:
-    """Return the end of pip's log in one line."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    return " / ".join(line.strip() for line in lines[-SHOWN_LINES:]) or "nothing was said"
+        for command in (
+            [interpreter.path, "-m", "venv", str(folder / "venv")],
+            [str(folder / "venv" / "bin" / "python"), "-m", "pip", "install", *options, *packages],
+        ):
+            subprocess.run(
+                command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables
+            )

@@ -3,75 +3,56 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
-from typing import Mapping, NamedTuple, Sequence
 
-from train.submit.check.cases import Case
-from train.submit.check.processes import Candidate, describe_status, run_bare, submitted_files
-from train.submit.check.verdict import CheckResult, judge
+from train.submit.callers import Candidate, run_bare
+from train.submit.tiles import Case
+from train.submit.verdict import CheckResult, judge
 
 HOOK = Path(__file__).with_name("hook")  # holds the sitecustomize.py that Python imports as it starts
-PROBE = Path(__file__).with_name("probe.py")
-SETTINGS_VARIABLE = (
-    "GRADER_SANDBOX"  # as in that file, which cannot be imported: it would close this process in
-)
-
-WRITTEN = ("out", "returned")  # where the callers of train.submit.check leave masks, in the working folder
+# As in sitecustomize.py, which cannot be imported: it would close this process in.
+SETTINGS_VARIABLE = "GRADER_SANDBOX"
+WRITTEN = ("out", "returned")  # where train.submit.callers leave masks, in the working folder
 SCRATCH = "scratch"
-PACKAGES = ("torch", "torchvision", "segmentation_models_pytorch", "numpy", "opencv-python-headless")
-ABSENT = ("pydensecrf",)
+# Prints how a process is closed in, then the versions, then what is tried and not refused.
+PROBE_CODE = """
+import os, socket, subprocess, sys
+import sitecustomize, torch, numpy
+print(", ".join(sitecustomize.LAYERS))
+print("Python %s, torch %s, numpy %s" % (sys.version.split()[0], torch.__version__, numpy.__version__))
+for name, attempt in {
+    "write beside solution.py": lambda: open("stray", "w").close(),
+    "make an input writable": lambda: os.chmod(sys.argv[1], 0o644),
+    "connect": lambda: socket.create_connection(("127.0.0.1", 9), 5),
+    "start a program": lambda: subprocess.run([sys.executable, "-V"]),
+}.items():
+    try:
+        attempt()
+    except PermissionError:
+        continue
+    except OSError:
+        pass
+    print("it could " + name)
+"""
 
 
-class Report(NamedTuple):
-    """What a closed-in Python says of itself.
-
-    `layers`: what holds there. `through`: attempts that were not refused. `present`: packages that the grader
-    does not have.
-    """
-
-    layers: Sequence[str]
-    through: Sequence[str]
-    python: str
-    versions: Mapping[str, str | None]
-    present: Sequence[str]
-
-    @property
-    def label(self) -> str:
-        """The versions in words."""
-        packages = [f"{package} {version}" for package, version in self.versions.items() if version]
-        return ", ".join([f"Python {self.python}", *packages])
-
-
-def sandbox_settings(workdir: Path, path: Sequence[Path] = (), scratch: bool = False) -> dict[str, str]:
-    """Return the environment variables that close a Python in, with the folders `path` first on its path.
+def sandbox_settings(workdir: Path, scratch: bool = False) -> dict[str, str]:
+    """Return the environment variables that close a Python in.
 
     Only the folders for masks in `workdir` can be written to, and one for temporary files if `scratch`.
     """
     writable = [str(workdir / name) for name in (*WRITTEN, *((SCRATCH,) if scratch else ()))]
-    search = [*map(str, path), str(HOOK)]
     return {
         SETTINGS_VARIABLE: json.dumps({"writable": writable}),
-        "PYTHONPATH": ":".join(search),
+        "PYTHONPATH": str(HOOK),
         "TMPDIR": str(workdir / SCRATCH),
     }
 
 
-def probe(candidate: Candidate, case: Case) -> tuple[list[CheckResult], Report | None]:
-    """Try in the candidate's sandbox what it has to refuse; return the result and what it says of itself."""
+def check_sandbox(candidate: Candidate, case: Case, label: str) -> CheckResult:
+    """Try in a sandbox what it has to refuse; return whether it did, with its layers and versions."""
     some_input = next(path for path in sorted(case.data.rglob("*")) if path.is_file())
-    request = {
-        "input": str(some_input),
-        "temporary": tempfile.gettempdir(),
-        "packages": PACKAGES,
-        "absent": ABSENT,
-    }
-    arguments = ["-c", PROBE.read_text(), json.dumps(request)]
-    run = run_bare(candidate, submitted_files(candidate), arguments, case)
-    subject = f"{case.label}: sandbox"
-    expected = "nothing is written, reached or started"
-    if run.status != 0:
-        return [judge(subject, "holds", [describe_status(run)], expected)], None
-    report = Report(**json.loads(run.last_words))
-    faults = [f"it could {what}" for what in report.through] + run.changed_inputs + run.changed_beside
-    return [judge(subject, "holds", faults, expected)], report
+    run = run_bare(candidate, ["-c", PROBE_CODE, str(some_input)], case)
+    layers, versions, *through = run.output.splitlines() if run.status == 0 else ("", "", run.ending)
+    faults = [*through, *run.changed_inputs, *run.changed_beside]
+    return judge(f"{label}: sandbox", "holds", faults, f"refuses all changes by {layers}; {versions}")

@@ -23,32 +23,12 @@ BROKEN_STATUS = 97  # of a process that could not be closed in
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC
 # Events of the interpreter, and which of their arguments name what is about to be changed.
-CHANGES = {
-    "os.chflags": (0,),
-    "os.chmod": (0,),
-    "os.chown": (0,),
-    "os.link": (0, 1),
-    "os.mkdir": (0,),
-    "os.remove": (0,),
-    "os.removexattr": (0,),
-    "os.rename": (0, 1),
-    "os.rmdir": (0,),
-    "os.setxattr": (0,),
-    "os.symlink": (1,),
-    "os.truncate": (0,),
-    "os.utime": (0,),
-}
-NETWORK = (
-    "socket.bind",
-    "socket.connect",
-    "socket.getaddrinfo",
-    "socket.gethostbyaddr",
-    "socket.gethostbyname",
-    "socket.getnameinfo",
-    "socket.sendmsg",
-    "socket.sendto",
-)
-PROGRAMS = ("os.exec", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "subprocess.Popen")
+FIRST = "chflags chmod chown mkdir remove removexattr rmdir setxattr truncate utime"
+CHANGES: dict = dict.fromkeys(["os." + name for name in FIRST.split()], (0,))
+CHANGES.update({"os.link": (0, 1), "os.rename": (0, 1), "os.symlink": (1,)})
+NETWORK = "bind connect getaddrinfo gethostbyaddr gethostbyname getnameinfo sendmsg sendto"
+PROGRAMS = "os.exec os.posix_spawn os.spawn os.system pty.spawn subprocess.Popen"
+REFUSED = {"socket." + name for name in NETWORK.split()} | set(PROGRAMS.split())
 
 CAPABILITY_VERSION = 0x20080522
 MAY_READ_ALL = 1 << 2  # CAP_DAC_READ_SEARCH, kept: root goes on reading what belongs to others
@@ -86,7 +66,7 @@ def make_hook(writable):
             for index in CHANGES[event]:
                 if isinstance(arguments[index], int) or not is_writable(arguments[index], writable):
                     refuse("%s %s" % (event, arguments[index]))
-        elif event in NETWORK or event in PROGRAMS:
+        elif event in REFUSED:
             refuse("%s %r" % (event, arguments[-1:]))
 
     return hook
