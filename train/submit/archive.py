@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from pathlib import Path
 
@@ -21,11 +20,6 @@ TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold: the same fil
 
 class SubmissionError(KitError):
     """The submission cannot be checked or written; the message says why and what to do."""
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def refuse_missing(*paths: Path) -> None:

@@ -23,10 +23,9 @@ from typing import Any, Callable, Mapping
 import torch
 
 import solution
-from prep.files import write_json, write_text
+from prep.files import sha256, write_json, write_text
 from prep.synthetic.scenes import write_sample
 from prep.text import markdown_table, number_text
-from train.submit.archive import sha256
 from train.submit.check import measure_machine
 from train.submit.tiles import copy_bands
 
@@ -169,11 +168,7 @@ def bare_seconds(model: solution.Model, data: str) -> float:
 
 
 def run_measurement(data: Path, weights: Path, out: Path) -> dict[str, Any]:
-    """Return what `measure` does, in a process of its own without a GPU, and the seconds of its start.
-
-    Raises:
-        BenchError: it failed.
-    """
+    """Return what `measure` does, in a process of its own without a GPU, and the seconds of its start."""
     started_at = time.time()
     process = subprocess.run(
         [sys.executable, "-m", "train.submit.bench", str(data), str(weights), str(out)],
@@ -190,18 +185,12 @@ def run_measurement(data: Path, weights: Path, out: Path) -> dict[str, Any]:
 
 
 def bench(weights: Path, data: Path | None, tiles: int, size: int, out: Path) -> str:
-    """Measure a run over some tiles, write the report to `out` and its figures beside it, and return it.
+    """Measure a run, write the report to `out` and its figures beside it, and return it.
 
-    Args:
-        weights: model.pth.
-        data: its first tiles, or scenes, are segmented; None: synthetic ones of `size` px.
-        tiles: how many.
-        size: see `data`.
-        out: Markdown file.
+    The first `tiles` tiles or scenes of `data` are segmented; where it is None, synthetic ones of `size` px.
 
     Raises:
-        BenchError: the run failed.
-        solution.InputError: there are no tiles or no weights.
+        KitError: there are no tiles or no weights, or the run failed.
     """
     weights, machine = solution.find_weights(weights).resolve(), measure_machine(os.getloadavg()[0])
     print(f"{machine}; all passes over {tiles} tiles, then the forward passes alone", file=sys.stderr)

@@ -223,7 +223,7 @@ for number, arguments in enumerate(calls):
     try:
         returned = solution.maskgeration(*arguments)
     except BaseException as error:
-        report.append({"raised": "%s: %s" % (type(error).__name__, error)})
+        report.append(["%s: %s" % (type(error).__name__, error), "", []])
         continue
     masks = []
     for index, (key, mask) in enumerate(returned.items() if isinstance(returned, dict) else ()):
@@ -232,8 +232,8 @@ for number, arguments in enumerate(calls):
         file = "%s/%d-%d.npy" % (folder, number, index) if is_array else None
         if is_array:
             numpy.save(file, mask)
-        masks.append([name, type(mask).__name__, file])
-    report.append({"raised": "", "returned": type(returned).__name__, "masks": masks})
+        masks.append([name, "a %s, not a numeric array" % type(mask).__name__, file])
+    report.append(["", type(returned).__name__, masks])
 status = open("/proc/self/status").read() if os.path.exists("/proc/self/status") else ""
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 if "VmHWM:" in status else None
 with open(folder + "/report.json", "w") as stream:
@@ -263,13 +263,11 @@ def call_maskgeration(
         if not (folder / "report.json").is_file():
             return run, [], None
         report = json.loads((folder / "report.json").read_text())
-        return run, [read_call(**call) for call in report["calls"]], report["peak"]
-
-
-def read_call(raised: str, returned: str = "", masks: Sequence[tuple[str, str, str]] = ()) -> Call:
-    """Return a call as PLATFORM_CODE reported it, with the arrays that it saved."""
-    arrays = {name: np.load(file) if file else f"a {kind}, not a numeric array" for name, kind, file in masks}
-    return Call(raised, returned, arrays)
+        made = [
+            (raised, returned, {name: np.load(file) if file else why_not for name, why_not, file in masks})
+            for raised, returned, masks in report["calls"]
+        ]
+        return run, [Call(*call) for call in made], report["peak"]
 
 
 def check_calls(candidate: Candidate, case: Case, calls: Mapping[str, Sequence]) -> Answer:

@@ -17,19 +17,8 @@ import torch
 
 from prep.synthetic.scenes import NAMINGS
 from solution import MODEL_FILE, InputError, read_model_file, usable_cores
-from train.submit.callers import (
-    COMMAND_LINES,
-    Candidate,
-    call_maskgeration,
-    check_command_line,
-    check_maskgeration,
-    copy_submission,
-    judge_call,
-    judge_files,
-    judge_run,
-    run_bare,
-    run_command_line,
-)
+from train.submit import callers
+from train.submit.callers import COMMAND_LINES, Candidate
 from train.submit.limits import KNOWN_SECONDS, MAX_BYTES
 from train.submit.reference import check_shipped
 from train.submit.tiles import (
@@ -69,13 +58,13 @@ def check_submission(
         solution.InputError, solution.TileError: `data` cannot be used.
     """
     load, workdir = os.getloadavg()[0], workdir.resolve()  # the load before the check adds its own
-    copies = copy_submission(solution, weights, workdir)
+    copies = callers.copy_submission(solution, weights, workdir)
     if data is not None:
         cases = [lay_out_case("given tiles", data, workdir / "given")]
     else:
         cases = [lay_out_samples(f"{naming} names", *SAMPLES, naming, workdir) for naming in NAMINGS]
     damaged = damage_weights(copies[1], workdir / "damaged")
-    steps = Steps(1 + len(cases) * (len(COMMAND_LINES) + 1) + 2 + 2 * len(damaged) + 1)
+    steps = Steps(1 + len(cases) * (len(COMMAND_LINES) + 1) + 1 + 2 * len(damaged) + 1)
     candidate = Candidate(copies[0], copies[1], workdir, sys.executable, steps.announce)
     results = [check_size(weights), *check_shipped(weights), check_loading(candidate, cases[0])]
     named = []
@@ -93,8 +82,8 @@ def check_submission(
 
 def check_case(candidate: Candidate, case: Case) -> tuple[list[CheckResult], list[Outcome]]:
     """Run every caller on one set of tiles; return the results, and the masks that each of them got."""
-    answers = [check_command_line(candidate, case, line) for line in COMMAND_LINES]
-    answers.append(check_maskgeration(candidate, case))
+    answers = [callers.check_command_line(candidate, case, line) for line in COMMAND_LINES]
+    answers.append(callers.check_maskgeration(candidate, case))
     results = [result for found, _ in answers for result in found]
     outcomes = [outcome for _, got in answers for outcome in got]
     return [*results, judge_agreement(case.label, outcomes), judge_life(case.label, outcomes)], outcomes
@@ -113,7 +102,7 @@ def check_size(weights: Path) -> CheckResult:
 def check_loading(candidate: Candidate, case: Case) -> CheckResult:
     """Return whether the submission's own strict loader takes the weights."""
     candidate.announce(f"{MODEL_FILE}: loading")
-    run = run_bare(candidate, ["-c", f"import solution; solution.load_model({MODEL_FILE!r})"], case)
+    run = callers.run_bare(candidate, ["-c", f"import solution; solution.load_model({MODEL_FILE!r})"], case)
     faults = [] if run.status == 0 else [run.ending]
     return judge(MODEL_FILE, "strict loading", faults, "solution.load_model takes it")
 
@@ -136,10 +125,12 @@ def damage_weights(weights: Path, folder: Path) -> dict[str, Path]:
 def check_damaged_weights(candidate: Candidate, case: Case, fault: str, weights: Path) -> list[CheckResult]:
     """Return whether damaged weights stop both kinds of caller: no masks, least of all random ones."""
     candidate, case = candidate._replace(weights=weights), case._replace(label=fault)
-    run, masks = run_command_line(candidate, case, COMMAND_LINES[0])
+    run, masks = callers.run_command_line(candidate, case, COMMAND_LINES[0])
     status = [] if run.status == NO_MASKS_STATUS else [run.ending]
     candidate.announce(f"{fault}: maskgeration")
-    called, calls, _ = call_maskgeration(candidate, [[case.band_folders, candidate.bare_weights]], case)
+    called, calls, _ = callers.call_maskgeration(
+        candidate, [[case.band_folders, candidate.bare_weights]], case
+    )
     raised = calls and calls[0].raised
     returned = [] if raised else ["masks were returned" if calls else called.last_words]
     return [
@@ -151,13 +142,11 @@ def check_damaged_weights(candidate: Candidate, case: Case, fault: str, weights:
 
 def check_damaged_tile(candidate: Candidate, case: Case) -> list[CheckResult]:
     """Return whether a tile that cannot be read whole gets a mask, and costs the others none."""
-    _, masks = run_command_line(candidate, case, COMMAND_LINES[0])
     candidate.announce(f"{case.label}: maskgeration")
-    run, calls, _ = call_maskgeration(candidate, [[case.band_folders, candidate.bare_weights]], case)
-    results, _ = judge_files(f"{case.label}: {COMMAND_LINES[0].label}", masks, case, COMMAND_LINES[0].suffix)
+    run, calls, _ = callers.call_maskgeration(candidate, [[case.band_folders, candidate.bare_weights]], case)
     subject = f"{case.label}: maskgeration"
-    results.append(judge(subject, "called", [] if calls else [run.last_words], "it returns"))
-    return results + [result for call in calls for result in judge_call(subject, call, case)]
+    called = judge(subject, "called", [] if calls else [run.last_words], "it returns")
+    return [called, *(result for call in calls for result in callers.judge_call(subject, call, case))]
 
 
 # --- The clock ------------------------------------------------------------------------------------
@@ -214,17 +203,17 @@ def check_clock(candidate: Candidate, tiles: int, size: int, load: float) -> lis
     timed, call = candidate._replace(settings=settings), [case.band_folders, candidate.bare_weights]
     machine = measure_machine(load)
     candidate.announce(f"{subject}, within {KNOWN_SECONDS:g} s; {machine}")
-    run, calls, peak = call_maskgeration(timed, [call], case)
+    run, calls, peak = callers.call_maskgeration(timed, [call], case)
     machine = min(machine, measure_machine(load), key=lambda one: one.share)
     if run.seconds > KNOWN_SECONDS:
         print(f"{run.seconds:.1f} s, {machine}; once more", file=sys.stderr, flush=True)
-        again = call_maskgeration(timed, [call], case)
+        again = callers.call_maskgeration(timed, [call], case)
         if again[0].seconds < run.seconds:
             run, calls, peak = again
         machine = min(machine, measure_machine(load), key=lambda one: one.share)
     return [
-        *judge_run(subject, run),
-        *(result for one in calls for result in judge_call(subject, one, case)),
+        *callers.judge_run(subject, run),
+        *(result for one in calls for result in callers.judge_call(subject, one, case)),
         judge_seconds(subject, run.seconds, run.last_words, machine),
         *([judge_memory(subject, peak)] if peak else []),
     ]

@@ -14,14 +14,10 @@ WEIGHTS = Path("weights/model.pth")
 SUBMISSION = Path("dist/submission.zip")
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that all four commands have."""
+def add_submission_files(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the commands that run a submission."""
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: %(default)s")
     parser.add_argument("--data", type=Path, help="folder with Band1 ... Band5; default: synthetic tiles")
-
-
-def add_solution_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument of the commands that run a submission."""
     parser.add_argument(
         "--solution", type=Path, help="default: the kit's, with the networks put in that the weights name"
     )
@@ -40,14 +36,9 @@ def find_solution(arguments: argparse.Namespace, folder: str) -> Path:
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `check`."""
-    add_common_arguments(parser)
-    add_solution_argument(parser)
+    add_submission_files(parser)
     parser.add_argument(
-        "--timed-tiles",
-        type=int,
-        default=25,
-        metavar="N",
-        help="synthetic 512 x 512 tiles that are segmented under the time budget; default: %(default)s",
+        "--timed-tiles", type=int, default=25, metavar="N", help="tiles of the timed run (default: 25)"
     )
 
 
@@ -79,7 +70,8 @@ def add_submission_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_submission(arguments: argparse.Namespace) -> int:
     """Check the submission and, if nothing failed, write the zip to hand in."""
-    from train.submit.archive import refuse_existing, sha256, write_submission
+    from prep.files import sha256
+    from train.submit.archive import refuse_existing, write_submission
     from train.submit.check import TOO_SLOW
 
     out = arguments.out
@@ -101,8 +93,7 @@ def run_submission(arguments: argparse.Namespace) -> int:
 
 def add_grader_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `grader-check`."""
-    add_common_arguments(parser)
-    add_solution_argument(parser)
+    add_submission_files(parser)
     parser.add_argument("--tiles", type=int, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="px, of synthetic ones (default: %(default)s)")
     parser.add_argument(
@@ -123,7 +114,8 @@ def run_grader_check(arguments: argparse.Namespace) -> int:
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `bench`."""
-    add_common_arguments(parser)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: %(default)s")
+    parser.add_argument("--data", type=Path, help="folder with Band1 ... Band5; default: synthetic tiles")
     parser.add_argument("--tiles", type=int, default=25, help="how many (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="px, of synthetic ones (default: %(default)s)")
     parser.add_argument(

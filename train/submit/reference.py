@@ -19,10 +19,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from prep.files import write_json
+from prep.files import sha256, write_json
 from prep.synthetic.scenes import write_sample
 from solution import CLASS_NAMES, CLASS_VALUES, segment_folder
-from train.submit.archive import sha256
 from train.submit.verdict import CheckResult, format_results, judge
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "model.pth"  # the kit's release

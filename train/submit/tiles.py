@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import tifffile
 
+from prep.files import sha256
 from prep.synthetic.scenes import write_sample
 from solution import BANDS, CLASS_NAMES, CLASS_VALUES, TileFiles, find_tiles, read_tile, valid_mask
-from train.submit.archive import sha256
 from train.submit.verdict import CheckResult, judge
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

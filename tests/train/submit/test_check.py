@@ -171,7 +171,7 @@ WHOLE_SABOTAGES = [
         "hostile tile",
         "    except Exception:\n",
         "    except KeyError:\n",
-        {"a mask for every tile", "returns a dict"},
+        {"returns a dict"},
     ),
 ]
 
@@ -215,7 +215,7 @@ def test_an_honest_submission_passes_with_both_naming_styles(tmp_path, capsys):
     } < subjects
     assert {"training names: maskgeration(bands, OUT), files", "a damaged tile: maskgeration"} < subjects
     progress = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
-    assert progress[0].startswith("[1/16]") and progress[-1].startswith("[16/16]")
+    assert progress[0].startswith("[1/15]") and progress[-1].startswith("[15/15]")
 
 
 def sabotages(rows: list[tuple]):

@@ -15,13 +15,12 @@ import support
 
 from train.submit import grader
 from train.submit.callers import Answer, check_platform
-from train.submit.grader import Place, Tiles, environment
+from train.submit.grader import Tiles, environment
 from train.submit.grader.environment import GraderError, Interpreter
 from train.submit.grader.sandbox import HOOK, check_sandbox, sandbox_settings
 from train.submit.tiles import judge_agreement
 from train.submit.verdict import CheckResult
 
-HERE = Place("here", sys.executable, 1, scratch=True)
 Files = tuple[Path, Path]
 
 # --- The sandbox, in the running Python -----------------------------------------------------------
@@ -177,7 +176,7 @@ def any_files(tmp_path) -> Files:
 
 
 def test_the_sandbox_is_tried_before_anything_is_believed(any_files, case, tmp_path):
-    candidate = grader.enter(HERE, any_files, tmp_path / "here", print)
+    candidate = grader.enter(any_files, tmp_path / "here", sys.executable, 1, print)
     result = check_sandbox(candidate, case, "here")
     assert result.passed and "audit hook" in result.found and "torch 2." in result.found
 
@@ -186,7 +185,7 @@ def test_a_sandbox_that_does_not_hold_is_noticed(any_files, case, tmp_path):
     """A hook that claims its layer and refuses nothing."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text("LAYERS = ['audit hook']")
-    candidate = grader.enter(HERE, any_files, tmp_path / "here", print)
+    candidate = grader.enter(any_files, tmp_path / "here", sys.executable, 1, print)
     candidate.settings["PYTHONPATH"] = str(tmp_path / "hook")
     result = check_sandbox(candidate, case, "here")
     assert not result.passed
@@ -248,7 +247,7 @@ def test_each_list_has_a_folder_of_its_own(cache):
 
 
 def test_requirements_are_pinned_and_without_the_crf():
-    lines = [line for line in environment.REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in environment.REQUIREMENTS.splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.match(r"[\w-]+==[\w.]+(; .+)?$", line)] == []
     names = {line.split("==")[0]: line.split("==")[1] for line in lines}
     assert (names["torch"], names["torchvision"], names["segmentation_models_pytorch"]) == (
@@ -311,9 +310,9 @@ def sabotaged(tiny: Files, folder: Path, code: str) -> Files:
     return path, tiny[1]
 
 
-def call(place: Place, files: Files, case, workdir: Path) -> Answer:
-    """Run maskgeration in a place."""
-    return check_platform(grader.enter(place, files, workdir, print), case)
+def call(python: str, files: Files, case, workdir: Path) -> Answer:
+    """Run maskgeration by a Python."""
+    return check_platform(grader.enter(files, workdir, python, 1, print), case)
 
 
 def failures(results: list[CheckResult]) -> dict:
@@ -334,8 +333,8 @@ def test_masks_that_differ_in_the_box_are_caught(box, tiny, case, tmp_path):
         "if sys.version_info < (3, 10):\n    to_mask = lambda classes: np.uint8([0, 85, 255, 170])[classes]"
     )
     files = sabotaged(tiny, tmp_path, code)
-    there, of_there = call(Place("there", box, 1), files, case, tmp_path / "there")
-    here, of_here = call(HERE, files, case, tmp_path / "here")
+    there, of_there = call(box, files, case, tmp_path / "there")
+    here, of_here = call(sys.executable, files, case, tmp_path / "here")
     assert failures(there) == failures(here) == {}
     assert not judge_agreement("masks", of_here + of_there).passed
 
@@ -351,7 +350,7 @@ def test_masks_that_differ_in_the_box_are_caught(box, tiny, case, tmp_path):
     ],
 )
 def test_what_the_box_lacks_is_caught(box, tiny, case, tmp_path, code, word):
-    results, _ = call(Place("there", box, 1), sabotaged(tiny, tmp_path, code), case, tmp_path / "there")
+    results, _ = call(box, sabotaged(tiny, tmp_path, code), case, tmp_path / "there")
     assert word in failures(results)["exit status"]
 
 

@@ -35,39 +35,24 @@ class Tiles(NamedTuple):
     size: int
 
 
-class Place(NamedTuple):
-    """A Python and its number of threads.
-
-    `scratch`: whether it gets a folder for temporary files, without which newer torch cannot be imported.
-    """
-
-    label: str
-    python: str
-    threads: int
-    scratch: bool = False
-
-
-def enter(place: Place, files: Sequence[Path], workdir: Path, announce: Callable[[str], None]) -> Candidate:
-    """Return the submission `files` as it is run in `place`, closed in, with `workdir` to itself."""
-    for name, mode in (("home", 0o555), (SCRATCH, 0o755 if place.scratch else 0o555)):
+def enter(files: Sequence[Path], workdir: Path, python: str, threads: int, announce: Callable) -> Candidate:
+    """Return the submission `files` as `python` runs it, closed in, with `workdir` to itself."""
+    scratch = python == sys.executable  # newer torch cannot be imported without a folder for temporary files
+    for name, mode in (("home", 0o555), (SCRATCH, 0o755 if scratch else 0o555)):
         (workdir / name).mkdir(parents=True)
         (workdir / name).chmod(mode)
     settings = {
         **UNHURRIED,
-        **sandbox_settings(workdir, place.scratch),
-        "OMP_NUM_THREADS": str(place.threads),
+        **sandbox_settings(workdir, scratch),
+        "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # or threads that wait would keep a busy machine from the others
         "CUDA_VISIBLE_DEVICES": "",  # the platform answers on a CPU, and masks are compared
     }
-    return Candidate(files[0], files[1], workdir, place.python, announce, settings)
+    return Candidate(files[0], files[1], workdir, python, announce, settings)
 
 
 def lay_out_tiles(tiles: Tiles, workdir: Path) -> Case:
-    """Return the tiles as a read-only case in `workdir`.
-
-    Raises:
-        solution.InputError, solution.TileError: `tiles.data` cannot be used.
-    """
+    """Return the tiles as a read-only case in `workdir`."""
     if tiles.data is None:
         return lay_out_samples("sample", tiles.most, tiles.size, "training", workdir)
     return lay_out_case("given", tiles.data, workdir / "given", tiles.most)
@@ -86,26 +71,25 @@ def check_in_grader(
         label: of the environment.
 
     Raises:
-        SubmissionError: a file of the submission is not there.
-        solution.InputError, solution.TileError: the tiles cannot be used.
+        KitError: a file of the submission is not there, or the tiles cannot be used.
     """
     workdir = workdir.resolve()
     files, case = copy_submission(files[0], files[1], workdir), lay_out_tiles(tiles, workdir)
-    here = Place("here", sys.executable, max(THREADS), scratch=True)
-    grader = [Place(f"{label}, {plural(threads, 'thread')}", python, threads) for threads in THREADS]
-    steps = Steps(3 + len(grader) * len(COMMAND_LINES))
+    steps = Steps(1 + len(THREADS) * (1 + len(COMMAND_LINES)))
+    places = {"here": (sys.executable, max(THREADS))}
+    places |= {f"{label}, {plural(threads, 'thread')}": (python, threads) for threads in THREADS}
     candidates = {
-        place.label: enter(place, files, workdir / str(number), steps.announce)
-        for number, place in enumerate([here, *grader])
+        name: enter(files, workdir / str(number), *place, steps.announce)
+        for number, (name, place) in enumerate(places.items())
     }
-    results = [check_sandbox(candidate, case, label) for label, candidate in candidates.items()]
+    results = [check_sandbox(candidate, case, name) for name, candidate in candidates.items()]
     if list_failures(results):  # without its sandbox nothing that a caller does means anything
         return results
     answers: list[Answer] = []
-    for label, candidate in candidates.items():
-        placed = case._replace(label=label)
+    for name, candidate in candidates.items():
+        placed = case._replace(label=name)
         answers.append(check_platform(candidate, placed))
-        if label != here.label:
+        if name != "here":
             answers += [check_command_line(candidate, placed, line) for line in COMMAND_LINES]
     results += [result for found, _ in answers for result in found]
     outcomes = [outcome for _, got in answers for outcome in got]  # the first is that of here
@@ -122,8 +106,7 @@ def grader_check(solution: Path, weights: Path, tiles: Tiles, optional: bool = F
         optional: where the environment cannot be had, say so and return 0.
 
     Raises:
-        GraderError: the environment cannot be had.
-        SubmissionError: a file is not there.
+        KitError: the environment cannot be had, or as check_in_grader.
     """
     started = time.perf_counter()
     try:

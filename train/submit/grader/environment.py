@@ -15,7 +15,7 @@ from solution import KitError
 
 GRADER_VERSION = "3.9."
 PYTHON_VARIABLE = "GRADER_PYTHON"
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+REQUIREMENTS = Path(__file__).with_name("requirements.txt").read_text()
 STAMP = "ready"  # written last: an environment without it is half-built
 PIP_LOG = "pip.log"
 SHOWN_LINES = 5  # of pip's last words
@@ -83,32 +83,27 @@ def environment_folder(requirements: str) -> Path:
     return cache / f"grader-{hashlib.sha256(requirements.encode()).hexdigest()[:12]}"
 
 
-def find_environment(requirements: str | None = None) -> Path | None:
+def find_environment(requirements: str = REQUIREMENTS) -> Path | None:
     """Return the environment's Python if it is there and was built to its end; nothing is built."""
-    folder = environment_folder(REQUIREMENTS.read_text() if requirements is None else requirements)
+    folder = environment_folder(requirements)
     python = folder / "venv" / "bin" / "python"
     return python if (folder / STAMP).is_file() and python.exists() else None
 
 
-def provide_environment(interpreter: Interpreter, requirements: str | None = None) -> Path:
+def provide_environment(interpreter: Interpreter, requirements: str = REQUIREMENTS) -> Path:
     """Return the environment's Python; the environment is built where it is not there or was left half-built.
-
-    Args:
-        interpreter: the Python to build it with.
-        requirements: the text of a requirement list; default: REQUIREMENTS.
 
     Raises:
         GraderError: it cannot be built.
     """
-    text = REQUIREMENTS.read_text() if requirements is None else requirements
-    folder = environment_folder(text)
+    folder = environment_folder(requirements)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two checks do not build in the same folder
-        if find_environment(text) is None:
+        if find_environment(requirements) is None:
             print(f"building {folder} once: 2 GB to download, 4 GB of disk, minutes", file=sys.stderr)
             try:
-                build(interpreter, text, folder)
+                build(interpreter, requirements, folder)
             except (OSError, subprocess.CalledProcessError) as error:
                 log = folder / PIP_LOG
                 words = log.read_text(errors="replace").split("\n") if log.is_file() else []

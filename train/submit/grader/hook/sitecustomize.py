@@ -43,9 +43,7 @@ def is_writable(path, writable):
     A relative path counts from the working folder, even where a call counts it from an open folder.
     """
     real = os.path.realpath(os.fsdecode(path))
-    return real == os.devnull or any(
-        real == folder or real.startswith(folder + os.sep) for folder in writable
-    )
+    return real == os.devnull or any((real + os.sep).startswith(folder + os.sep) for folder in writable)
 
 
 def refuse(what):
