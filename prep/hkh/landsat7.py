@@ -207,7 +207,9 @@ def as_numbers(values: np.ndarray, where: str) -> np.ndarray:
     found = values[measured]
     far = (found < FARTHEST_NUMBERS[0]) | (found > FARTHEST_NUMBERS[1])
     fractions = (found != np.rint(found)).any()
-    if np.count_nonzero(far) > MOST_FAR * found.size or (fractions and np.median(found) <= LARGEST_REFLECTANCE):
+    if np.count_nonzero(far) > MOST_FAR * found.size or (
+        fractions and np.median(found) <= LARGEST_REFLECTANCE
+    ):
         raise SceneError(
             f"{where}: found values from {found.min():g} to {found.max():g}, expected digital numbers 0 to 255 "
             "of LANDSAT/LE07/C01/T1_RT. Reflectance, 16-bit products and standardised patches are other units: "

@@ -14,19 +14,8 @@ from rasterio.crs import CRS
 from rasterio.warp import transform as transform_points
 
 from prep.ground import WGS84
-from prep.hkh.landsat7 import (
-    EXPORTS,
-    SceneError,
-    Sun,
-    as_numbers,
-    choose_channels,
-    find_sun,
-    physical_table,
-    read_name,
-    require_files,
-    require_numbers,
-    to_physical,
-)
+from prep.hkh import landsat7
+from prep.hkh.landsat7 import SceneError, Sun
 from prep.hkh.sources import Grid, RawTile, require_names, require_one_each, unreadable
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from solution import CLASS_NAMES, warn
@@ -74,14 +63,14 @@ class PatchJob(NamedTuple):
 
     def tiles(self) -> Iterator[RawTile]:
         """Yield the patches one by one. Raises SceneError for files that are damaged or of another shape."""
-        table = physical_table(list(self.channels), self.sun)
+        table = landsat7.physical_table(list(self.channels), self.sun)
         for patch in self.patches:
-            image = load(patch.image, self.grid.size, tuple(EXPORTS))
+            image = load(patch.image, self.grid.size, tuple(landsat7.EXPORTS))
             mask = load(patch.mask, self.grid.size, (len(self.order),))
 
             def read(image: np.ndarray = image, path: Path = patch.image) -> np.ndarray:
                 values = np.stack([image[..., index] for index in self.channels.values()])
-                return to_physical(as_numbers(values, str(path)), table)
+                return landsat7.to_physical(landsat7.as_numbers(values, str(path)), table)
 
             name = PATCH_MARK.sub("", patch.image.stem, count=1)
             yield RawTile(name, None, None, patch_codes(mask, self.order), patch.footprint, read)
@@ -93,7 +82,7 @@ def load(path: Path, side: int, depths: Sequence[int]) -> np.ndarray:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header may raise almost anything from within its parser
         raise unreadable(path, error) from error
-    require_numbers(values, path)
+    landsat7.require_numbers(values, path)
     if values.ndim != 3 or values.shape[:2] != (side, side) or values.shape[2] not in depths:
         expected = " or ".join(f"({side}, {side}, {depth})" for depth in depths)
         raise SceneError(f"{path}: found shape {values.shape}, expected {expected}; see --tile-size")
@@ -125,11 +114,11 @@ def plan_patches(folder: Path, order: str | None, grid: Grid, suns: Mapping[str,
             f"{folder}: where {unplaced:,} of {len(patches):,} patches lie is not known, so that they are split by the "
             "number in their names, and ground that scenes share is not seen; put slices.geojson beside them"
         )
-    depths = [int(load(patch.image, grid.size, tuple(EXPORTS)).shape[2]) for patch in patches[:1]]
-    channels = choose_channels([None] * depths[0], str(patches[0].image))
+    depths = [int(load(patch.image, grid.size, tuple(landsat7.EXPORTS)).shape[2]) for patch in patches[:1]]
+    channels = landsat7.choose_channels([None] * depths[0], str(patches[0].image))
     chosen = choose_order(order, survey(patches, grid.size))
     return [
-        PatchJob(name, tuple(members), channels, find_sun(Path(name), {}, suns), chosen, grid)
+        PatchJob(name, tuple(members), channels, landsat7.find_sun(Path(name), {}, suns), chosen, grid)
         for name, members in scenes.items()
     ]
 
@@ -142,7 +131,7 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
             f"{folder}: found no patch, expected slice_<scene>_img_<n>.npy beside slice_<scene>_mask_<n>.npy"
         )
     require_names(images)
-    require_files(images)
+    landsat7.require_files(images)
     require_one_each(images)
     pairs = [(path, path.with_name(path.name.replace("img", "mask"))) for path in images]
     lonely = [image.name for image, mask in pairs if not mask.is_file()]
@@ -175,8 +164,7 @@ def survey(patches: Sequence[Patch], side: int) -> np.ndarray:
 def choose_order(text: str | None, counts: np.ndarray) -> tuple[str, ...]:
     """Return what the masks' channels are: `text`, or the published order of two, if the masks agree with it.
 
-    Raises:
-        SceneError: another number of channels, an unknown order, or one that the masks contradict.
+    Raises SceneError: another number of channels, an unknown order, or one that the masks contradict.
     """
     depth = len(counts).bit_length() - 1
     fitting = [
@@ -249,15 +237,14 @@ def patch_codes(mask: np.ndarray, order: Sequence[str]) -> np.ndarray:
 def read_places(folder: Path) -> dict[str, tuple[str, shapely.Polygon]]:
     """Return {stem of the image: (scene, outline in longitude and latitude)} by the geojson beside the patches.
 
-    Raises:
-        SceneError: a file that cannot be read or lacks a column.
+    Raises SceneError: a file that cannot be read or lacks a column.
     """
     files = [*folder.rglob("*.geojson"), *folder.parent.glob("slices*.geojson")]
     places: dict[str, tuple[str, shapely.Polygon]] = {}
     for path in sorted(
         set(files), key=lambda path: (path.stat().st_size, path)
     ):  # whole lists after parts of them
-        require_files([path])
+        landsat7.require_files([path])
         try:
             table = geopandas.read_file(path)
         except Exception as error:
@@ -295,7 +282,7 @@ def outlines(scene: str, stems: Sequence[str], table: geopandas.GeoDataFrame) ->
 
 def own_zone(scene: str, crs: CRS, x: float, y: float) -> str:
     """Return the coordinate system in which a point of a scene lies nearest to where its name says it is."""
-    taken, epsg = read_name(scene), crs.to_epsg()
+    taken, epsg = landsat7.read_name(scene), crs.to_epsg()
     if taken is None or epsg is None or epsg - 32600 not in UTM_ZONES:
         return crs.to_wkt()
     zones = [f"EPSG:{32600 + zone}" for zone in UTM_ZONES]

@@ -66,8 +66,7 @@ def plan_layers(
 ) -> tuple[Layer, ...]:
     """Return vector files with what they show: by `kinds`, else by their names, else by their column.
 
-    Raises:
-        SceneError: a file that cannot be read or does not say where or what its outlines are.
+    Raises SceneError: a file that cannot be read or does not say where or what its outlines are.
     """
     if kinds and (len(kinds) != len(paths) or not set(kinds) <= set(KINDS)):
         raise SceneError(
@@ -139,8 +138,8 @@ def check_column(path: Path, column: str, words: Mapping[str, str]) -> None:
 def plan_border(path: Path, layers: Sequence[Layer]) -> Layer:
     """Return the region inside of which there are labels.
 
-    Raises:
-        SceneError: it cannot be read, or encloses glaciers rather than a region, as the `hkh.shp` of some copies.
+    Raises SceneError: it cannot be read, or encloses glaciers rather than a region, as the `hkh.shp` of some
+    copies.
     """
     read_fields(path)
     border = Layer(path, 1)
@@ -198,8 +197,7 @@ def rasterise(
 def read_outlines(layer: Layer, crs: CRS, bounds: Sequence[float]) -> list[tuple[BaseGeometry, int]]:
     """Return (outline, code) of what meets a scene, in its CRS; `bounds` are left, bottom, right, top in it.
 
-    Raises:
-        SceneError: the file cannot be read.
+    Raises SceneError: the file cannot be read.
     """
     try:
         own = CRS.from_user_input(pyogrio.read_info(layer.path)["crs"])

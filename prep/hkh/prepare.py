@@ -6,7 +6,6 @@ interrupted run continues; the store itself appears at the end, whole.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
+import pandas
 import rasterio
 import shapely
 from joblib import Parallel, delayed, parallel_config
@@ -152,17 +152,16 @@ def prepare(
 
 def check_settings(settings: Settings) -> None:
     """Raise InputError naming the first setting that makes no sense."""
-    grid, keep = settings.grid, settings.keep
+    (size, overlap), keep = settings.grid, settings.keep
+    least = {f"--min-{name}": getattr(keep, f"min_{name}") for name in ("debris", "lake", "glacier")}
     rules = [
-        ("--tile-size", grid.size, grid.size >= 32, "32 px or more"),
-        ("--overlap", grid.overlap, 0 <= grid.overlap < grid.size, "0 or more px, less than --tile-size"),
+        ("--tile-size", size, size >= 32, "32 px or more"),
+        ("--overlap", overlap, 0 <= overlap < size, "0 or more px, less than --tile-size"),
         ("--max-background", keep.max_background, 0 <= keep.max_background <= 1, "a share from 0 to 1"),
         ("--val-share", settings.val_share, 0 < settings.val_share < 1, "a share between 0 and 1"),
         ("--seed", settings.seed, settings.seed >= 0, "0 or more"),
+        *((name, number, number >= 0, "0 or more") for name, number in least.items()),
     ]
-    for name in ("min_debris", "min_lake", "min_glacier"):
-        least = getattr(keep, name)
-        rules.append((f"--{name.replace('_', '-')}", least, least >= 0, "0 or more"))
     for name, value, sensible, expected in rules:
         if not sensible:
             raise InputError(f"{name} is {value}, expected {expected}")
@@ -174,8 +173,7 @@ def check_settings(settings: Settings) -> None:
 def plan(source: Source, settings: Settings) -> list[Job]:
     """Return a job for each scene, in the order of their names; every scene is looked at first.
 
-    Raises:
-        PrepError: all that is wrong with headers and labels.
+    Raises PrepError: all that is wrong with headers and labels.
     """
     planned: list[Job] = []
     problems = []
@@ -266,9 +264,7 @@ def finish_scenes(
 ) -> dict[str, dict]:
     """Work on the scenes that an earlier run did not finish; return {scene: result} of all.
 
-    Raises:
-        PrepError: all that is wrong with scenes; the others are finished.
-        InputError: no cluster at the address.
+    Raises PrepError: all that is wrong with scenes; the others are finished. InputError: no cluster at the address.
     """
     marks = {job.name: fingerprint(job, settings) for job in jobs}
     results = {job.name: read_result(partial / job.name, marks[job.name]) for job in jobs}
@@ -486,8 +482,7 @@ def assemble(
 ) -> Summary:
     """Make the store from the scenes' partial results, in the order of the scenes; none on `seen` ground.
 
-    Raises:
-        PrepError: nothing to keep, or tiles of unknown place where some ground is to be left out.
+    Raises PrepError: nothing to keep, or tiles of unknown place where some ground is to be left out.
     """
     kept = [
         Kept(store.TileRow(*row), sums, shapely.from_wkt(footprint) if footprint else None)
@@ -508,14 +503,19 @@ def assemble(
             accumulator.absorb(tile.stats)
     statistics = stats.describe(accumulator.result())
     scenes = describe_scenes(results, rows, validation)
+    # of what it holds; the input's files are known to the partial results alone
+    mark = hashlib.sha256(repr((rows, statistics)).encode(errors=store.FILE_NAME_ERRORS)).hexdigest()[:16]
+    about = {**about, "fingerprint": mark, "tiles": len(rows), "scenes": scenes}
     with store.create(out, scratch=partial) as writer:
         for row in rows:
             for kind in ("images", "masks"):
                 name = f"{kind}/{row.tile_id}.npy"
                 hand_over(partial / row.source / name, writer.folder / name)
-        write_dropped(writer.folder / DROPPED_FILE, dropped)
+        # pixels by code: nodata is counted before it is ignored where the labels alone ruled a tile out
+        table = pandas.DataFrame(dropped, columns=["tile_id", "scene", "reason", *CODE_NAMES.values()])
+        table.to_csv(writer.folder / DROPPED_FILE, index=False, errors=store.FILE_NAME_ERRORS)
         ground.write_ground(writer.folder, outlines(kept))
-        writer.write_index(rows, statistics, split, {**about, "tiles": len(rows), "scenes": scenes})
+        writer.write_index(rows, statistics, split, about)
     return Summary(out, rows, statistics, split, dropped, scenes)
 
 
@@ -536,17 +536,6 @@ def describe_scenes(results: Mapping[str, dict], rows: Sequence[store.TileRow], 
         seen = len(result["kept"]) + len(result["dropped"])
         scenes[name] = {"side": side if kept else None, "kept": kept, "tiles": seen}
     return scenes
-
-
-def write_dropped(path: Path, dropped: Sequence[dict]) -> None:
-    """Write one row a dropped tile: id, scene, reason, pixels by code (nodata counted before it is ignored
-    where the labels alone ruled the tile out).
-    """
-    with open(path, "w", newline="", encoding="utf-8", errors=store.FILE_NAME_ERRORS) as stream:
-        columns = ("tile_id", "scene", "reason", *CODE_NAMES.values())
-        writer = csv.DictWriter(stream, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dropped)
 
 
 def format_summary(summary: Summary) -> str:

@@ -14,16 +14,8 @@ from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 
 from prep import ground
-from prep.hkh.landsat7 import (
-    SceneError,
-    Sun,
-    as_numbers,
-    choose_channels,
-    find_sun,
-    physical_table,
-    require_files,
-    to_physical,
-)
+from prep.hkh import landsat7
+from prep.hkh.landsat7 import SceneError, Sun
 from prep.hkh.polygons import BURN_ORDER, FARTHEST, Layer, burn
 from prep.labels import OTHER_OR_LAKE
 from solution import CLASS_NAMES, TIFF_SUFFIXES
@@ -94,14 +86,14 @@ class SceneJob(NamedTuple):
 
     def tiles(self) -> Iterator[RawTile]:
         """Yield the tiles of the scene, row by row. Raises SceneError where something cannot be read."""
-        table = physical_table(list(self.channels), self.sun)
+        table = landsat7.physical_table(list(self.channels), self.sun)
         try:
             with rasterio.Env(GDAL_CACHEMAX=RASTER_CACHE), rasterio.open(self.path) as scene:
                 codes = read_masks(self.masks, scene) if self.masks else burn(*self.labels[:2], scene)
                 for row, col, window in grid_windows(scene.height, scene.width, self.grid):
 
                     def read(window: Window = window) -> np.ndarray:
-                        return to_physical(read_numbers(scene, window, self), table)
+                        return landsat7.to_physical(read_numbers(scene, window, self), table)
 
                     place = window_transform(window, scene.transform)
                     corners = ground.outline(scene.crs, place, window.height, window.width)
@@ -122,7 +114,7 @@ def find_scenes(folder: Path) -> list[Path]:
     if not paths:
         raise SceneError(f"{folder}: found no TIFF, expected a GeoTIFF a scene (docs/hkh.md)")
     require_names(paths)
-    require_files(paths)
+    landsat7.require_files(paths)
     require_one_each(paths)
     return paths
 
@@ -150,15 +142,14 @@ def require_names(paths: Sequence[Path]) -> None:
 def plan_scene(path: Path, labels: Labels, grid: Grid, suns: Mapping[str, Sun]) -> SceneJob:
     """Return the job of a scene after a look at its header.
 
-    Raises:
-        SceneError: unreadable, without the needed bands, without a coordinate system, or without mask files
-            where the labels are a folder.
+    Raises SceneError: unreadable, without the needed bands, without a coordinate system, or without mask files
+    where the labels are a folder.
     """
     try:
         with rasterio.open(path) as scene:
-            channels = choose_channels(scene.descriptions, str(path))
+            channels = landsat7.choose_channels(scene.descriptions, str(path))
             check_place(scene, path)
-            sun = find_sun(path, scene.tags(), suns)
+            sun = landsat7.find_sun(path, scene.tags(), suns)
     except RasterioError as error:
         raise unreadable(path, error) from error
     masks = find_masks(labels.folder, path, labels.words) if labels.folder else ()
@@ -218,8 +209,7 @@ def cut(values: np.ndarray, window: Window, fill: int) -> np.ndarray:
 def read_numbers(scene: rasterio.DatasetReader, window: Window, job: SceneJob) -> np.ndarray:
     """Return the five channels of a window as digital numbers, (5, S, S) uint8, 0 where nodata or outside.
 
-    Raises:
-        SceneError: damaged pixels, or values that are no digital numbers.
+    Raises SceneError: damaged pixels, or values that are no digital numbers.
     """
     whole = Window(0, 0, scene.width, scene.height)
     try:
@@ -228,7 +218,9 @@ def read_numbers(scene: rasterio.DatasetReader, window: Window, job: SceneJob) -
         raise unreadable(job.path, error.__cause__ or error) from error
     if scene.nodata is not None and not np.isnan(scene.nodata):
         values[values == scene.nodata] = 0
-    numbers = as_numbers(values, f"{job.path} (rows from {window.row_off}, columns from {window.col_off})")
+    numbers = landsat7.as_numbers(
+        values, f"{job.path} (rows from {window.row_off}, columns from {window.col_off})"
+    )
     return cut(numbers, Window(0, 0, window.width, window.height), 0)
 
 
@@ -238,8 +230,7 @@ def read_numbers(scene: rasterio.DatasetReader, window: Window, job: SceneJob) -
 def find_masks(folder: Path, scene: Path, words: Mapping[str, str]) -> tuple[tuple[int, Path], ...]:
     """Return (code, path) of a scene's mask files, in burning order: <scene>_<word>.tif, one for each class.
 
-    Raises:
-        SceneError: none for clean ice or none for debris, or several for one class.
+    Raises SceneError: none for clean ice or none for debris, or several for one class.
     """
     found: list[tuple[int, Path]] = []
     for name, word in words.items():
@@ -255,7 +246,7 @@ def find_masks(folder: Path, scene: Path, words: Mapping[str, str]) -> tuple[tup
                 f"{folder}: found {listed} as mask of {name} for {scene.name}, expected one file such as "
                 f"{scene.stem}_{word}.tif"
             )
-        require_files(paths)
+        landsat7.require_files(paths)
         found += [(CLASS_NAMES.index(name), path) for path in paths]
     return tuple(sorted(found, key=lambda pair: BURN_ORDER.index(pair[0])))
 

@@ -37,9 +37,12 @@ REMEDIES = (
     "change the order",
     "rename",
     "check the files",
+    "pass --",
+    "leave --",
 )
-# Whole data sets may have nothing to train on: scenes that are all nodata, for one.
-EMPTY = ("no valid pixel", "no tile is worth keeping", "at least 2 are needed to split")
+# Whole data sets may have nothing to train on: scenes that are all nodata, for one. And one damaged mask may speak
+# against the order of all.
+EMPTY = ("no valid pixel", "no tile is worth keeping", "at least 2 are needed to split", "--mask-order")
 SCENES, SIDE, TILE = 3, 96, 48  # px
 SUFFIXES = (".shp", ".shx", ".dbf", ".prj")
 Random = np.random.Generator
@@ -105,6 +108,16 @@ def constant(rng: Random, path: Path) -> None:
     rewrite(path, lambda values: np.full_like(values, int(rng.choice([0, 1, 255]))))
 
 
+def filled(rng: Random, path: Path) -> None:
+    """Store what Earth Engine's gap filling predicts: fractions, some of them beyond 0 to 255, NaN outside."""
+
+    def predict(values: np.ndarray) -> np.ndarray:
+        predicted = values * rng.uniform(0.9, 1.1) + rng.normal(0, 3, values.shape)
+        return np.where(values == 0, np.nan, predicted).astype(np.float32)
+
+    rewrite(path, predict)
+
+
 def without_sun(rng: Random, path: Path) -> None:
     """Take the sun's elevation away."""
     with rasterio.open(path, "r+") as file:
@@ -121,6 +134,7 @@ FORMS: tuple[Spoil, ...] = (
     with_nodata,
     noise,
     constant,
+    filled,
 )
 
 # --- Damage ---------------------------------------------------------------------------------------

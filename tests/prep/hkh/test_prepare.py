@@ -13,6 +13,7 @@ import geopandas
 import numpy as np
 import pytest
 import rasterio
+import shapely
 from hkh_helpers import (
     ALL,
     PROPERTY,
@@ -26,7 +27,6 @@ from hkh_helpers import (
     rewrite,
     scene_paths,
     source_of,
-    write_patches,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +38,7 @@ from prep.hkh import prepare as hkh
 from prep.hkh import sources as hkh_sources
 from prep.hkh.prepare import Filter, Grid, Resources, prepare
 from prep.labels import IGNORE, OTHER_OR_LAKE
-from prep.store import StoreError, TileStore, locked
+from prep.store import StoreError, TileRow, TileStore, locked
 from prep.synthetic.hkh import LABELS_FILE, SCENE_SEED
 from prep.synthetic.scenes import make_scene
 from solution import InputError
@@ -258,15 +258,10 @@ def test_training_tiles_on_the_ground_of_validation_are_dropped(sample, tmp_path
 
 def test_straddling_finds_footprints_that_meet():
     def tile(name, scene, west):
-        corners = [(west, 1), (west + 1, 1), (west + 1, 0), (west, 0)]
-        return {"row": [name, scene], "footprint": corners}
+        footprint = None if west is None else shapely.box(west, 0, west + 1, 1)
+        return hkh.Kept(TileRow(name, scene, None, None, "hkh", 1.0, {}), {}, footprint)
 
-    kept = [
-        tile("v", "a", 0),
-        tile("near", "b", 0.5),
-        tile("far", "b", 5),
-        {"row": ["p", "c"], "footprint": None},
-    ]
+    kept = [tile("v", "a", 0), tile("near", "b", 0.5), tile("far", "b", 5), tile("p", "c", None)]
     assert hkh.straddling(kept, {"a"}) == {"near"}
 
 
@@ -330,7 +325,7 @@ def test_a_scene_with_damaged_pixels_is_named_and_the_others_need_not_be_read_ag
 def test_reflectance_passed_off_as_numbers_is_refused(sample, tmp_path):
     folder = copy_sample(sample, tmp_path / "sample")
     rewrite(scene_paths(folder)[0], lambda values: (values / 255).astype(np.float32))
-    with pytest.raises(PrepError, match=r"expected whole digital numbers 0 to 255 of LANDSAT/LE07/C01/T1_RT"):
+    with pytest.raises(PrepError, match=r"expected digital numbers 0 to 255 of LANDSAT/LE07/C01/T1_RT"):
         prepare(source_of(folder), tmp_path / "hkh", SMALL)
 
 
@@ -370,7 +365,7 @@ def test_mask_files_per_class_give_the_same_store(sample, tmp_path, everything):
         for code, word in ((1, "Clean"), (2, "debris")):
             with rasterio.open(masks / f"{path.stem}_{word}.tif", "w", **profile) as file:
                 file.write((classes == code).astype(np.uint8) * 255, 1)
-    prepare(source_of(sample, labels=masks), tmp_path / "hkh", ALL)
+    prepare(source_of(sample, labels=(masks,)), tmp_path / "hkh", ALL)
     store = TileStore(tmp_path / "hkh")
     assert store.tile_ids == everything.tile_ids
     for tile_id in store.tile_ids:
@@ -379,7 +374,7 @@ def test_mask_files_per_class_give_the_same_store(sample, tmp_path, everything):
     with pytest.raises(
         PrepError, match=r"found none as mask of glacier for .*expected one file such as .*_clean.tif"
     ):
-        prepare(source_of(sample, labels=masks), tmp_path / "other", ALL)
+        prepare(source_of(sample, labels=(masks,)), tmp_path / "other", ALL)
 
 
 def test_a_mask_on_another_grid_is_refused(sample, tmp_path):
@@ -390,59 +385,7 @@ def test_a_mask_on_another_grid_is_refused(sample, tmp_path):
             (masks / f"{path.stem}_{word}.tif").write_bytes(path.read_bytes())
     rewrite(next(masks.glob("*debris.tif")), lambda values: values[:, :100, :100], height=100, width=100)
     with pytest.raises(PrepError, match="100 x 100 px .*expected 160 x 160 px"):
-        prepare(source_of(sample, labels=masks), tmp_path / "hkh", ALL)
-
-
-# --- patches ---
-
-
-def patch_source(folder: Path, order: str = "any,clean,debris") -> hkh.Source:
-    return hkh.Source(patches=folder, mask_order=order)
-
-
-@pytest.mark.parametrize("channels", [15, 8])
-def test_patches_become_tiles(tmp_path, channels):
-    patches = write_patches(tmp_path / "patches", channels=channels)
-    prepare(patch_source(patches), tmp_path / "hkh", ALL)
-    store = TileStore(tmp_path / "hkh")
-    assert len(store.tile_ids) == 6
-    mask = store.mask("slice_0_000")
-    assert [mask[row, 0] for row in (0, 10, 25, 41, 47)] == [IGNORE, OTHER_OR_LAKE, 1, 2, 4]
-    numbers = np.load(patches / "slice_0_img_000.npy")
-    red = np.pi * ((234.4 + 5) / 254 * (numbers[10:, :, 2] - 1) - 5) / (1533 * np.sin(np.radians(45)))
-    np.testing.assert_allclose(store.image("slice_0_000")[10:, :, 2], red, rtol=1e-5)
-    side = store.fold_of("split")
-    assert len({tile.source for tile in store.tiles if side[tile.tile_id] == 0}) == 1
-
-
-def test_the_other_channel_order_is_refused_with_the_figures(tmp_path):
-    patches = write_patches(tmp_path / "patches")
-    with pytest.raises(
-        PrepError, match=r"--mask-order any,debris,clean: debris has [\d,]+ px and clean ice [\d,]+"
-    ):
-        prepare(patch_source(patches, "any,debris,clean"), tmp_path / "hkh", ALL)
-    assert not (tmp_path / "hkh").exists()
-    prepare(patch_source(patches, "any,clean,debris"), tmp_path / "hkh", ALL)  # the older partial is not used
-
-
-@pytest.mark.parametrize("order", ["clean,debris", "any,clean,clean", "a,b,c"])
-def test_an_order_of_other_channels_is_refused(tmp_path, order):
-    with pytest.raises(PrepError, match="expected any, clean, debris in some order"):
-        prepare(patch_source(write_patches(tmp_path / "patches"), order), tmp_path / "hkh", ALL)
-
-
-def test_damaged_patches_are_named(tmp_path):
-    patches = write_patches(tmp_path / "patches")
-    (patches / "slice_1_mask_001.npy").write_bytes(b"damaged")
-    np.save(patches / "slice_2_img_000.npy", np.zeros((64, 64, 3)))
-    with pytest.raises(PrepError, match=r"slice_2_img_000.npy: found 3 bands"):
-        prepare(patch_source(patches), tmp_path / "hkh", ALL)
-    np.save(patches / "slice_2_img_000.npy", np.zeros((64, 64, 15)))
-    with pytest.raises(PrepError, match=r"slice_1_mask_001.npy: cannot be read \(7 bytes"):
-        prepare(patch_source(patches), tmp_path / "hkh", ALL)
-    (patches / "slice_1_mask_001.npy").unlink()
-    with pytest.raises(PrepError, match=r"1 patches have no mask \(slice_1_img_001.npy"):
-        prepare(patch_source(patches), tmp_path / "hkh", ALL)
+        prepare(source_of(sample, labels=(masks,)), tmp_path / "hkh", ALL)
 
 
 # --- parallel, resumed, killed ---
@@ -521,7 +464,7 @@ def test_marks_of_finished_scenes_go_before_their_tiles(tmp_path):
     with pytest.raises(FileNotFoundError):  # as a kill does, this stops it after the first
         hkh.discard([tmp_path / "a", tmp_path / "missing", tmp_path / "b"])
     assert not (tmp_path / "a").exists()
-    assert (tmp_path / "b" / "images").exists() and not hkh.is_finished(tmp_path / "b", "x")
+    assert (tmp_path / "b" / "images").exists() and not hkh.read_result(tmp_path / "b", "x")
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null"])
@@ -583,11 +526,11 @@ def test_command_line_from_sample_to_store(tmp_path, capsys):
     out, store = str(tmp_path / "sample"), str(tmp_path / "hkh")
     assert main(["sample", "--like", "hkh", "--out", out, "--tiles", "2", "--size", "96"]) == 0
     options = [
-        "--size",
+        "--tile-size",
         "64",
         "--overlap",
-        "16",
-        "--min-glacier",
+        "0.25",
+        "--min-glacier-pixels",
         "10",
         "--max-background",
         "1",
@@ -605,7 +548,14 @@ def test_command_line_from_sample_to_store(tmp_path, capsys):
     ("options", "message"),
     [
         (["--scenes", "x"], "--labels belongs to --scenes"),
-        (["--patches", "x"], "--mask-order belongs to --patches"),
+        (
+            ["--scenes", "x", "--labels", "y.shp", "--mask-order", "clean,debris"],
+            "--mask-order belongs to --patch",
+        ),
+        (
+            ["--scenes", "x", "--labels", "y.shp", "--overlap", "1.5"],
+            "--overlap: found '1.5', expected pixels",
+        ),
         (["--scenes", "x", "--labels", "y.shp", "--words", "clean=glacier"], "--words: found clean=glacier"),
         (
             ["--scenes", "x", "--labels", "y.shp", "--max-background", "80"],
