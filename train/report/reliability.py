@@ -1,4 +1,4 @@
-"""How far probabilities of glacier can be believed: reliability, expected calibration error, Brier score.
+"""How far probabilities of glacier can be believed: the reliability diagram and its calibration error.
 
 The expected calibration error is that of Guo et al. 2017, "On calibration of modern neural networks"
 (arXiv 1706.04599, equation 3): bins of equal width, each weighted by its pixels; here on the probability of
@@ -18,36 +18,20 @@ BINS = 15
 
 
 class Reliability(NamedTuple):
-    """Sums over pixels in bins of equal width of the probability; of several tiles they add up.
+    """Pixels in bins of equal width of the probability of glacier; those of several tiles add up.
 
-    `pixels`, `glacier`: (bins,) int64 counts, of all pixels and of those labelled glacier. `probability`,
-    `squared`: (bins,) float64 sums of the probabilities and of their squared errors.
+    `pixels`, `glacier`: (bins,) int64 counts, of all pixels and of those labelled glacier. `probability`: (bins,)
+    float64 sums of their probabilities.
     """
 
     pixels: np.ndarray
     glacier: np.ndarray
     probability: np.ndarray
-    squared: np.ndarray
-
-    @property
-    def mean_probability(self) -> np.ndarray:
-        """What the model says, (bins,) float64; NaN in an empty bin."""
-        return _mean(self.probability, self.pixels)
-
-    @property
-    def frequency(self) -> np.ndarray:
-        """The share that is glacier, (bins,) float64; NaN in an empty bin."""
-        return _mean(self.glacier, self.pixels)
 
     @property
     def expected_calibration_error(self) -> float:
-        """Mean distance of frequency from probability over the bins, weighted by pixels (0 is best)."""
+        """Mean distance of the share of glacier from its probability, weighted by pixels (0 is best)."""
         return float(np.abs(self.glacier - self.probability).sum() / max(1, self.pixels.sum()))
-
-    @property
-    def brier(self) -> float:
-        """Mean squared error of the probabilities (0 is best)."""
-        return float(self.squared.sum() / max(1, self.pixels.sum()))
 
 
 def count_reliability(codes: np.ndarray, probs: np.ndarray, bins: int = BINS) -> Reliability:
@@ -67,14 +51,9 @@ def count_reliability(codes: np.ndarray, probs: np.ndarray, bins: int = BINS) ->
         np.bincount(place, minlength=bins),
         np.bincount(place[glacier], minlength=bins),
         np.bincount(place, share, minlength=bins),
-        np.bincount(place, (share - glacier) ** 2, minlength=bins),
     )
 
 
 def pool_reliability(tiles: Iterable[Reliability]) -> Reliability:
     """Add up the counts of some tiles, at least one."""
     return Reliability(*(np.sum(parts, axis=0) for parts in zip(*tiles)))
-
-
-def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)

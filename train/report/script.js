@@ -67,14 +67,3 @@ viewer.addEventListener("keydown", (event) => {
   if (event.key === "ArrowRight") step(1);
   if (event.key === "ArrowLeft") step(-1);
 });
-
-// --- Light and dark ------------------------------------------------------------------------------
-
-const theme = byId("theme");
-theme.hidden = false;
-theme.addEventListener("click", () => {
-  const root = document.documentElement;
-  const preferred = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const now = root.style.colorScheme || preferred;
-  root.style.colorScheme = now === "dark" ? "light" : "dark";
-});

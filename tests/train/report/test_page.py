@@ -1,9 +1,8 @@
-"""The page of a run: whole HTML that needs nothing else, with the figures of train.metrics, true pictures."""
+"""The page of a run: whole HTML that needs nothing else, with the scores of its pixels and true pictures."""
 
+import argparse
 import base64
-import csv
 import io
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -13,22 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, confusion_matrix, matthews_corrcoef
+from sklearn.metrics import matthews_corrcoef
 from support import PROJECT
 from train_helpers import make_store
 
 from prep.labels import CODE_CLASSES, IGNORE
 from prep.store import TileStore
 from solution import decide_classes, valid_mask
-from train.__main__ import main
-from train.config import load_config
-from train.fit import fit_all
 from train.masks.pictures import OUTCOME_COLOURS, Outcome, map_outcomes, paint_codes
-from train.predict import predict_run
-from train.report.evidence import read_history
-from train.report.markup import Html, join, tag
+from train.report.command import add_report_arguments, run_report
+from train.report.figures import draw_learning, draw_reliability
+from train.report.page import map_uri, read_histories
 from train.report.reliability import count_reliability, pool_reliability
-from train.report.tables import ReportError, read_run_names
+from train.report.scores import ReportError
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 NAME = '<i>U-Net</i> & "co"'
@@ -87,46 +83,56 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory) -> Path:
-    """Return a folder with a store, a run of two folds and three epochs on it, a baseline, and their page."""
+    """Return a folder with a store, a trained run of two folds on it, a baseline, and their page."""
     folder = tmp_path_factory.mktemp("page")
-    make_store(folder / "store")
-    settings = [f"data.store={folder / 'store'}", f"train.epochs={EPOCHS}", "optim.schedule=cosine"]
-    config = load_config(PROJECT / "train" / "configs" / "smoke.yaml", settings)
-    fit_all(config, folder / "run")
-    store = TileStore(folder / "store")
-    predict_run(folder / "run", store)
-    write_baseline(folder / "baseline", store)
-    steps = [{"step": "six <views>", "before": [0.5], "after": [0.625], "kept": True, "choice": "6 & more"}]
-    (folder / "calibration.json").write_text(json.dumps({"runs": ["run"], "views": 6, "steps": steps}))
-    cells = [
-        {"members": 1, "views": v, "passes": v, "gmac": 2.5 * v, "objective": 0.4 + v / 100, "nested": 0.4}
-        | {"binary": 0.5, "four_class": None}
-        for v in (1, 2)
-    ]
-    (folder / "passes.json").write_text(json.dumps({"runs": ["run"], "steps": cells}))
+    store = TileStore(make_store(folder / "store"))
+    write_run(folder / "run", store, 0.8)
+    for fold in (0, 1):
+        (folder / "run" / "unet" / f"fold{fold}").mkdir(parents=True)
+        rows = [
+            f"{epoch},{2 / epoch},{3 / epoch + fold},{epoch / 10},0.001" for epoch in range(1, EPOCHS + 1)
+        ]
+        text = "\n".join(["epoch,train_loss,val_loss,val_mcc,lr", *rows])
+        (folder / "run" / "unet" / f"fold{fold}" / "history.csv").write_text(text)
+    write_run(folder / "baseline", store, 0.6)
     assert write(folder, folder / "index.html") == 0
     return folder
 
 
-def write_baseline(folder: Path, store: TileStore) -> None:
-    """Write probabilities that are right for about two thirds of the pixels, as a run of `baseline`."""
+def write_run(folder: Path, store: TileStore, skill: float) -> None:
+    """Write probabilities that are right for a share `skill` of the pixels and random elsewhere."""
     rng = np.random.default_rng(0)
     (folder / "oof").mkdir(parents=True)
-    (folder / "run.json").write_text('{"model": "baseline", "scheme": "stratified", "seed": 0}')
+    (folder / "run.json").write_text('{"scheme": "stratified", "note": "six <views>"}')
     for tile_id in store.tile_ids:
         codes = store.mask(tile_id)
         truth = np.where(codes == IGNORE, 3, np.where(codes == 4, 1, codes))
-        classes = np.where(rng.random(codes.shape) < 0.6, truth, rng.integers(0, 4, codes.shape))
+        classes = np.where(rng.random(codes.shape) < skill, truth, rng.integers(0, 4, codes.shape))
         probs = rng.random((4, *codes.shape)) + 2 * (np.arange(4)[:, None, None] == classes)
         np.save(folder / "oof" / f"{tile_id}.npy", (probs / probs.sum(axis=0)).astype(np.float16))
 
 
-def write(kit: Path, out: Path, *more: str) -> int:
-    """Write the page by the command line."""
-    runs = [f"{NAME}={kit / 'run'}", f"baseline={kit / 'baseline'}"]
-    files = ["--store", kit / "store", "--out", kit / "out.md", "--html", out]
-    later = ["--calibration", kit / "calibration.json", "--passes", kit / "passes.json"]
-    return main([str(word) for word in ["report", *runs, *files, *later, *more]])
+def write(kit: Path, out: Path) -> int:
+    """Write the page by the command's arguments."""
+    return report(f"{NAME}={kit / 'run'}", f"baseline={kit / 'baseline'}", kit=kit, out=out)
+
+
+def report(*runs: str, kit: Path, out: Path) -> int:
+    """Run `report` on the store of `kit`."""
+    parser = argparse.ArgumentParser()
+    add_report_arguments(parser)
+    words = [
+        *runs,
+        "--store",
+        kit / "store",
+        "--out",
+        kit / "out.md",
+        "--html",
+        out,
+        "--made-with",
+        "make <x>",
+    ]
+    return run_report(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +186,18 @@ def test_the_page_is_well_formed(page, text):
 def test_the_page_needs_no_other_file_and_no_network(page, text):
     sources = [e[key] for e in page.elements for key in ("src", "srcset", "data", "xlink:href") if key in e]
     assert sources and all(source.startswith("data:image/") for source in sources)
-    assert not page.find("link") and not page.find("iframe")
+    assert not page.find("link") and not page.find("iframe") and not page.find("svg")
     outside_pictures = re.sub(r"data:image/[^\"]*", "", text)
     assert not re.search(r"https?://|//[a-z]+\.|url\(|@import", outside_pictures)
 
 
 def test_everything_can_be_read_without_seeing_it(page, store):
     pictures = page.find("img")
-    assert len(pictures) == len(store.tile_ids) * (2 + 2 * 2)
+    charts = page.find("img", class_="chart")
+    assert len(charts) == 5, "tiles, confusion, two of reliability, one of learning"
+    assert len(pictures) == len(charts) + len(store.tile_ids) * (2 + 2 * 2)
     assert all(len(picture["alt"]) > 10 for picture in pictures)
     assert len({picture["alt"] for picture in pictures}) == len(pictures)
-    drawings = [e for e in page.find("svg") if e.get("aria-hidden") != "true"]
-    assert drawings and all(e["role"] == "img" and e["aria-label"] for e in drawings)
     assert all(e["scope"] in ("row", "col") for e in page.find("th"))
     assert all(e["aria-label"] for e in page.find("table"))
     labelled = [e for e in page.find("select") if "label" in e["inside"]]
@@ -209,26 +215,19 @@ def luminance(colour: str) -> float:
 def test_text_and_lines_stand_out_from_the_ground(text, mode):
     found = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", text)
     colours = {name: luminance(pair[mode]) for name, *pair in found}
-    need = {"ink": 7, "soft": 4.5, "accent": 4.5, **{f"s{number}": 3 for number in range(8)}}
+    need = {"ink": 7, "soft": 4.5, "accent": 4.5}
     for name, least in need.items():
         for ground in ("ground", "surface"):
             low, high = sorted((colours[name], colours[ground]))
             assert (high + 0.05) / (low + 0.05) >= least, (name, ground)
-    low, high = sorted((colours["ink"], colours["heat"]))  # numbers in the confusion matrices
-    assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 def test_names_are_escaped(page, text):
     assert "<i>" not in text and "six <views>" not in text
     assert page.find("option") and page.find("option")[0]["text"] == NAME
     assert not page.find("i") and not page.find("views")
-    assert page.table("Steps after the passes")[1][0] == "six <views>"
-
-
-def test_markup_escapes_all_that_is_no_markup():
-    assert tag("p", "a < b & c", title='"x"') == '<p title="&quot;x&quot;">a &lt; b &amp; c</p>'
-    assert tag("p", tag("b", "x"), hidden=True, class_=None) == "<p hidden><b>x</b></p>"
-    assert isinstance(join("<", tag("br")), Html) and join("<", tag("br")) == "&lt;<br>"
+    shown = [element["text"] for element in page.find("pre")]
+    assert shown[0] == "make <x>" and "note: six <views>" in shown[1]
 
 
 # --- Figures ------------------------------------------------------------------------------------------------
@@ -237,31 +236,17 @@ def test_markup_escapes_all_that_is_no_markup():
 def test_headline_and_folds_are_those_of_the_pixels(kit, page, store):
     folds = store.fold_of("stratified")
     runs = {NAME: "run", "baseline": "baseline"}
-    pooled = {name: binary_mcc(kit, store, run, store.tile_ids) for name, run in runs.items()}
-    rows = {row[0]: row[1:] for row in page.table("Out-of-fold Matthews correlation")[1:]}
+    rows = {row[0]: row[1:] for row in page.table("Out-of-fold scores")[1:]}
     for name, run in runs.items():
+        extent = binary_mcc(kit, store, run, store.tile_ids)
         certain = [row.tile_id for row in store.tiles if row.labels == "phase2"]
         four = matthews_corrcoef(*codes_and_classes(kit, store, run, certain))
-        assert rows[name][:3] == ["stratified", signed(pooled[name]), signed(four)]
-    gain = f"{pooled[NAME] - pooled['baseline']:+.3f}".replace("-", "−")
-    assert rows[NAME][-1] == f"{gain} baseline" and rows["baseline"][-1] == "–"
-    assert [card["text"] for card in page.find("p", class_="big")] == [signed(pooled[NAME])]
-    for name, *cells in page.table("Glacier of either kind by fold")[1:]:
+        assert rows[name][:2] == ["stratified", str(len(store.tile_ids))]
+        for cell, value in zip(rows[name][2:], (extent, four)):
+            assert re.match(rf"{value:.3f} \(0\.\d+ to 0\.\d+\)$", cell)
+    for name, *cells in page.table("Extent MCC by fold")[1:]:
         members = [[tile for tile in folds if folds[tile] == fold] for fold in (0, 1)]
-        assert cells[:2] == [signed(binary_mcc(kit, store, runs[name], tiles)) for tiles in members]
-
-
-def signed(value: float) -> str:
-    """Return a number as the page shows it."""
-    return f"{value:.3f}".replace("-", "−")
-
-
-def test_confusion_is_that_of_the_pixels(kit, page, store):
-    codes, classes = codes_and_classes(kit, store, "run", store.tile_ids)
-    counts = confusion_matrix(np.isin(codes, [1, 2, 4]), np.isin(classes, [1, 2]))
-    rows = page.table(f"{NAME}: glacier of either kind")[1:]
-    for row, line in zip(rows, counts):
-        assert row[1:] == [f"{100 * count / line.sum():.1f} %{count:,}" for count in line]
+        assert cells[:2] == [f"{binary_mcc(kit, store, runs[name], tiles):.3f}" for tiles in members]
 
 
 def test_tiles_come_worst_first_with_their_own_scores(kit, page, store):
@@ -278,34 +263,20 @@ def test_tiles_come_worst_first_with_their_own_scores(kit, page, store):
         assert f"fold {store.fold_of('stratified')[tile]}" in article["text"]
 
 
-def test_learning_curves_are_those_of_the_histories(kit, page):
-    for column, title in {"lr": "Learning rate", "val_mcc": "Validation MCC"}.items():
-        assert page.find("svg", aria_label=title)
-        paths = curves(page, title)
-        assert len(paths) == 2
-        values, heights = [], []
-        for fold, path in enumerate(paths):
-            with open(kit / "run" / f"fold{fold}" / "history.csv", newline="") as lines:
-                values += [float(row[column]) for row in csv.DictReader(lines)]
-            points = re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path)
-            assert len(points) == EPOCHS
-            heights += [float(y) for _, y in points]
-        slope, _ = np.polyfit(values, heights, 1)  # pixels are a falling linear function of what they show
-        assert slope < 0
-        assert np.polyval(np.polyfit(values, heights, 1), values) == pytest.approx(heights, abs=0.02)
-
-
-def curves(page: Page, title: str) -> list[str]:
-    """Return the paths of the lines of the chart whose description holds a title."""
-    start = next(i for i, e in enumerate(page.elements) if title in (e.get("aria-label") or ""))
-    rest = page.elements[start + 1 :]
-    end = next((i for i, e in enumerate(rest) if e["element"] == "svg"), len(rest))
-    return [e["d"] for e in rest[:end] if e["element"] == "path" and "line" in e["class"]]
-
-
-def test_steps_and_passes_are_shown_where_they_are_given(page):
-    assert page.table("Steps after the passes")[1] == ["six <views>", "0.5000", "0.6250", "kept", "6 & more"]
-    assert page.table("Networks and views")[2][:4] == ["1 × 2", "2", "5.0", "0.420"]
+def test_learning_curves_are_those_of_the_histories(kit, tmp_path):
+    histories = read_histories(kit / "run")
+    assert list(histories) == ["unet/fold0", "unet/fold1"]
+    axes = draw_learning(histories).axes
+    assert [list(line.get_ydata()) for line in axes[1].lines] == [[0.1, 0.2, 0.3]] * 2
+    assert [list(line.get_ydata()) for line in axes[0].lines[2:]] == [[4, 2.5, 2], [2, 1, 2 / 3]]
+    (tmp_path / "fold0").mkdir()
+    for text, found in (
+        ("epoch,lr\n1,0.1\n", "train_loss"),
+        ("epoch,train_loss,val_loss,val_mcc\n", "no epoch"),
+    ):
+        (tmp_path / "fold0" / "history.csv").write_text(text)
+        with pytest.raises(ReportError, match=rf"fold0/history\.csv.*{found}"):
+            read_histories(tmp_path)
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
@@ -350,8 +321,6 @@ def test_outcomes_are_those_that_a_pixel_by_pixel_reading_gives():
 
 
 def test_a_large_tile_is_shown_smaller(tmp_path):
-    from train.report.images import map_uri
-
     codes = np.zeros((1100, 700), np.uint8)
     picture = decode({"src": map_uri(codes, {0: "#102030"})})
     assert picture.shape == (367, 234, 3)
@@ -373,11 +342,12 @@ def test_reliability_is_that_of_scikit_learn():
     share = np.concatenate([(probs[1] + probs[2]).ravel() for _, probs in tiles])[codes != IGNORE]
     truth = np.isin(codes[codes != IGNORE], [1, 2, 4])
     frequency, said = calibration_curve(truth, np.clip(share, 0, 1), n_bins=10)
-    assert found.frequency == pytest.approx(frequency)
-    assert found.mean_probability == pytest.approx(said, abs=1e-6)
+    assert found.glacier / found.pixels == pytest.approx(frequency)
+    assert found.probability / found.pixels == pytest.approx(said, abs=1e-6)
+    line = draw_reliability(found).axes[0].lines[1]
+    np.testing.assert_allclose(line.get_xydata(), np.transpose([said, frequency]), atol=1e-6)
     error = sum(count / len(share) * abs(f - p) for count, f, p in zip(found.pixels, frequency, said))
     assert found.expected_calibration_error == pytest.approx(error, abs=1e-6)
-    assert found.brier == pytest.approx(brier_score_loss(truth, np.clip(share, 0, 1)), abs=1e-6)
 
 
 def test_probabilities_that_hold_what_they_say_have_no_error():
@@ -397,34 +367,22 @@ def test_the_same_runs_give_the_same_page(kit, text):
     assert (kit / "again.html").read_text(encoding="utf-8") == text
 
 
-def test_one_run_without_history_or_later_steps_is_enough(kit):
-    out = kit / "one.html"
-    words = ["report", f"b={kit / 'baseline'}", "--store", str(kit / "store"), "--out", str(kit / "one.md")]
-    assert main([*words, "--html", str(out)]) == 0
-    page = Page(out.read_text(encoding="utf-8"))
+def test_one_run_without_history_is_enough(kit):
+    assert report(f"b={kit / 'baseline'}", kit=kit, out=kit / "one.html") == 0
+    page = Page((kit / "one.html").read_text(encoding="utf-8"))
     assert not page.wrong and not page.find("section", id="learning") and page.find("section", id="tiles")
 
 
-def test_any_run_can_be_what_others_are_compared_with(kit, store):
-    out, runs = kit / "against.html", [f"a={kit / 'run'}", f"b={kit / 'run'}"]
-    words = ["report", *runs, "--store", str(kit / "store"), "--out", str(kit / "two.md"), "--html", str(out)]
-    assert main([*words, "--against", "b"]) == 0
-    rows = Page(out.read_text(encoding="utf-8")).table("Out-of-fold Matthews correlation")[1:]
-    assert [row[-1] for row in rows] == ["+0.000 b", "–"]
-    assert main([*words, "--against", "c"]) == 2
-
-
-def test_files_that_cannot_be_read_are_named(kit, tmp_path, capsys):
-    assert write(kit, tmp_path / "x.html", "--passes", str(tmp_path / "none.json")) == 2
-    assert "none.json" in capsys.readouterr().err
-    (tmp_path / "fold0").mkdir()
-    history = shutil.copy(kit / "run" / "fold0" / "history.csv", tmp_path / "fold0")
-    Path(history).write_text("epoch,lr\n1,0.1\n")
-    with pytest.raises(ReportError, match="history.csv.*train_loss"):
-        read_history(Path(history), "last")
-    for given in (["runs/x"], ["a="], ["a=x", "a=y"]):
-        with pytest.raises(ReportError, match="NAME=FOLDER"):
-            read_run_names(given)
+def test_tiles_that_a_run_has_not_predicted_yet_are_not_on_the_page(kit, store):
+    half = kit / "half"
+    (half / "oof").mkdir(parents=True)
+    (half / "run.json").write_text('{"scheme": "stratified"}')
+    for tile in ("000", "001"):
+        shutil.copy(kit / "run" / "oof" / f"{tile}.npy", half / "oof")
+    assert report(f"a={kit / 'run'}", f"half={half}", kit=kit, out=kit / "half.html") == 0
+    page = Page((kit / "half.html").read_text(encoding="utf-8"))
+    assert {article["data-tile"] for article in page.find("article")} == {"000", "001"}
+    assert [row[2] for row in page.table("Out-of-fold scores")[1:]] == ["4", "2"]
 
 
 def test_the_page_with_tiles_in_it_stays_out_of_the_repository():
