@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -14,9 +15,19 @@ import tifffile
 from tqdm import tqdm
 
 from prep import folds, label_files, stats, store
+from prep.files import sha256
 from prep.label_files import LabelFile, Labels
 from prep.labels import IGNORE, count_codes
-from solution import TileError, TileFiles, find_tiles, implausible_units, read_tile, valid_mask, warn
+from solution import (
+    KitError,
+    TileError,
+    TileFiles,
+    find_tiles,
+    implausible_units,
+    read_tile,
+    valid_mask,
+    warn,
+)
 
 # Debris tongues run on across nodata in genuine phase-2 labels: 0.2 to 4.6 % of a tile's nodata. A label of
 # another tile marks what is glacier there, about a third.
@@ -24,7 +35,7 @@ LARGEST_MARKED_SHARE = 0.10
 PHASE_OPTIONS = {"auto": None, "1": "phase1", "2": "phase2"}
 
 
-class PrepError(Exception):
+class PrepError(KitError):
     """The data cannot become a store; the message lists every problem found, and nothing was written."""
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -58,22 +69,54 @@ def prepare(
             a tile that of the last folder is read.
         seed: of the stratified folds.
         phase: what label/ holds: "1", "2" or "auto" (phase 2 where 85 or 170 occurs in it).
-        overwrite: replace an older store at `out`.
+        overwrite: replace an older store at `out`; without, one of the same files is left as it is.
 
     Raises:
         PrepError: unreadable tiles or labels, or labels that cannot be right; all of them are listed.
         solution.InputError: no tiles. StoreError: `out` is in the way. FoldError: fewer tiles than folds.
     """
-    if not overwrite:
-        store.refuse_existing(out)
     tiles = find_tiles(Path(data))
     labels = read_labels(Path(data), phase)
+    source = fingerprint(tiles, labels)
+    if not overwrite and is_current(Path(out), source):
+        there = store.TileStore(out)
+        print(f"{out} is up to date: made of the same files")
+        return Summary(Path(out), there.tiles, there.stats, there.folds)
     labelled = _match(tiles, labels)
     with store.create(out) as writer:
         rows, statistics = _write_tiles(writer, labelled, labels)
         divided = folds.make_folds(rows, seed)
-        writer.write_index(rows, statistics, divided, _provenance(Path(data), seed, rows))
+        writer.write_index(rows, statistics, divided, _provenance(Path(data), seed, rows, source))
     return Summary(Path(out), rows, statistics, divided)
+
+
+def fingerprint(tiles: Sequence[TileFiles], labels: Labels) -> str:
+    """Return 16 hex digits that change with the content of any band or label, whatever the folder is called."""
+    digest = hashlib.sha256()
+    for tile in tiles:
+        label = labels.files.get(tile.tile_id)
+        for path in (*tile.paths, label.path if label else None):
+            found = sha256(path) if path and path.is_file() else "none"
+            digest.update(f"{tile.tile_id} {found} {labels.phases.get(tile.tile_id)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def is_current(out: Path, source: str) -> bool:
+    """Return whether `out` is a store of the files with the fingerprint `source`; False where nothing is there.
+
+    Raises StoreError where it is a store of other files, or something else.
+    """
+    if not (out / store.STORE_FILE).is_file():
+        store.refuse_existing(out)
+        return False
+    found = store.TileStore(out).fingerprint
+    if found != source:
+        raise store.StoreError(
+            f"{out} was made of files with the fingerprint {found}, these have {source}: other tiles or labels. "
+            "Pass --overwrite to replace it (runs trained on it are then refused), or name another --out "
+            "(make: STORE=<folder>)"
+        )
+    return True
 
 
 def read_labels(data: Path, phase: str) -> Labels:
@@ -159,13 +202,14 @@ def _describe(files: TileFiles, phase: str, mask: np.ndarray) -> store.TileRow:
     return store.TileRow(files.tile_id, files.name, row, col, phase, valid_share, count_codes(mask))
 
 
-def _provenance(data: Path, seed: int, rows: Sequence[store.TileRow]) -> dict:
+def _provenance(data: Path, seed: int, rows: Sequence[store.TileRow], source: str) -> dict:
     """Return the content of store.json: where the store comes from, without a path of this machine."""
     by_phase = {phase: sum(row.labels == phase for row in rows) for phase in label_files.PHASES}
     versions = {module.__name__: module.__version__ for module in (np, tifffile, cv2)}
     return {
         "command": "competition",
         "source": data.resolve().name,
+        "fingerprint": source,
         "seed": seed,
         "tiles": len(rows),
         "labels": by_phase,

@@ -8,6 +8,7 @@ from typing import Iterator, NamedTuple, Sequence
 import numpy as np
 
 from prep.store import TileRow
+from solution import KitError
 
 FOLDS = 5
 KINDS_SHOWN = ("phase2", "partial")  # labels that tell clean ice from debris, all or in part
@@ -24,7 +25,7 @@ BALANCED_AREAS = {
 }
 
 
-class FoldError(Exception):
+class FoldError(KitError):
     """The tiles cannot be divided; the message says how many there are and how many are needed."""
 
 

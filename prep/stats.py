@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Iterable, Mapping
 
 import numpy as np
 
-from solution import BANDS
+from solution import BANDS, KitError
 
 if TYPE_CHECKING:
     from prep.store import TileStore
 
 
-class StatsError(Exception):
+class StatsError(KitError):
     """No statistics can be computed; the message names the band."""
 
 

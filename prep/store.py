@@ -16,6 +16,7 @@ from typing import Iterator, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from prep.labels import CODE_NAMES
+from solution import KitError
 
 TILES_FILE = "tiles.csv"
 STATS_FILE = "stats.json"
@@ -28,7 +29,7 @@ FILE_NAME_ERRORS = "surrogateescape"  # names of files may be any bytes
 TILE_COLUMNS = ("tile_id", "source", "row", "col", "labels", "valid_share", *CODE_NAMES.values())
 
 
-class StoreError(Exception):
+class StoreError(KitError):
     """A tile store is missing, incomplete, damaged, or in the way; the message says what to do."""
 
 
@@ -77,6 +78,12 @@ class TileStore:
     def mask(self, tile_id: str) -> np.ndarray:
         """Return a tile's (H, W) uint8 mask of label codes (see `prep.labels`)."""
         return np.load(self._path("masks", tile_id))
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Return the fingerprint of the files that the store was made of; None where store.json has none."""
+        path = self.folder / STORE_FILE
+        return _read_json(path).get("fingerprint") if path.is_file() else None
 
     @property
     def labels(self) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Fits folds: one Lightning run each, resumable, ending in a `fold.pt` of plain containers and tensors."""
 
+from __future__ import annotations
+
 import csv
 import io
 import logging
@@ -19,67 +21,71 @@ import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
-from torch import nn
 
 from prep.files import write_text, write_whole
 from prep.labels import CODE_NAMES
 from prep.store import TileStore, name_some
-from solution import CLASS_NAMES, VIEWS, DerivedInputs, prepare_torch
+from solution import VIEWS, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
-from train.data import ALL_TILES, FoldData, all_pairs, folds_of_scheme, name_of, open_fold
+from train.data import SIDES, FoldData, folds_of_scheme, open_fold
 from train.hardware import (
     held,
     is_first_process,
     over_processes,
+    precision_of,
     threads_of,
     trainer_options,
+    uses_gpu,
     wait_for_each_other,
 )
 from train.module import RampedAveraging, SegmentationModule
-from train.pretrained import load_imagenet
-from train.run import CONFIG_FILE, FOLD_FILE, HISTORY_FILE, RESUME_FILE, fold_folder
-from train.transfer import input_identity, read_pretrained
+from train.pretrained import input_identity, load_imagenet, read_pretrained
+from train.run import (
+    ALL,
+    CONFIG_FILE,
+    FOLD_FILE,
+    FOLD_FORMAT,
+    HISTORY_FILE,
+    RESUME_FILE,
+    Fold,
+    RunError,
+    fold_folder,
+    name_of,
+    read_record,
+)
 
-FOLD_FORMAT = "glacier-kit-fold/1"
 
-
-class RunError(Exception):
-    """A run folder does not fit what was asked for; the message says what differs and what to do."""
-
-
-def open_labelled(config: Config, fold: int, folder: Path) -> FoldData:
+def open_labelled(config: Config, fold: Fold, folder: Path) -> FoldData:
     """Return the labelled tiles of a fold; raises what `open_fold` does, ConfigError for a student."""
     if config.distil.teachers:
         raise ConfigError(
             f"distil.teachers is {config.distil.teachers}, which `fit` does not use; expected []. Train the "
             "student with `python -m train distil`."
         )
-    return open_fold(config, fold, first_normalization(config, fold))
+    return open_fold(config, fold, first_normalization(config))
 
 
-class Recipe(NamedTuple):
+class Method(NamedTuple):
     """How a fold is trained.
 
     `open_data` takes the config, the fold and its folder, in which it may keep files; `make_module` the
     config.
     """
 
-    open_data: Callable[[Config, int, Path], FoldData] = open_labelled
+    open_data: Callable[[Config, Fold, Path], FoldData] = open_labelled
     make_module: Callable[[Config], SegmentationModule] = SegmentationModule
 
 
-FROM_LABELS = Recipe()
+FROM_LABELS = Method()
 
 
-def fit_all(
-    config: Config, run_dir: Path, folds: Optional[Sequence[int]] = None, recipe: Recipe = FROM_LABELS
+def fit_folds(
+    config: Config, run_dir: Path, folds: Sequence[Fold], method: Method = FROM_LABELS
 ) -> list[dict]:
-    """Fit several folds one after the other, by default all of the config's scheme; return their records.
-
-    Raises what `fit_fold` raises.
-    """
-    folds = numbers_of_folds(config) if folds is None else folds
-    records = [fit_fold(config, fold, run_dir, recipe=recipe) for fold in folds]
+    """Fit several folds one after the other; return their records. Raises what `fit_fold` raises."""
+    if is_first_process(config):
+        print(describe_hardware(config), flush=True)
+    records = [fit_fold(config, fold, run_dir, method=method) for fold in folds]
     if is_first_process(config):
         print(format_records(records), flush=True)
     return records
@@ -90,17 +96,12 @@ def numbers_of_folds(config: Config) -> list[int]:
     return folds_of_scheme(TileStore(config.data.store), config.data.scheme)
 
 
-def numbers_of_pairs(config: Config) -> list[int]:
-    """Return the numbers of all pairs of the scheme's folds; see `train.data.pair_of_folds`."""
-    return all_pairs(numbers_of_folds(config))
-
-
 def fit_fold(
     config: Config,
-    fold: int,
+    fold: Fold,
     run_dir: Path,
     callbacks: Sequence[Callback] = (),
-    recipe: Recipe = FROM_LABELS,
+    method: Method = FROM_LABELS,
 ) -> dict:
     """Fit one fold in `run_dir`/fold<k> and return the record in its `fold.pt`, less the weights.
 
@@ -108,12 +109,12 @@ def fit_fold(
     the same result as if it had not been interrupted.
 
     Args:
-        config: the whole configuration.
-        fold: number of the fold to validate on; all others are trained on. ALL_TILES trains on every tile,
-            for submission: that network has no score, NaN.
-        run_dir: folder of the run, made where missing.
+        config: of the network.
+        fold: number of the fold to validate on; all others are trained on. ALL trains on every tile: that
+            network has no score, NaN.
+        run_dir: folder of the member, made where missing.
         callbacks: further Lightning callbacks.
-        recipe: where the crops come from and what is done with them.
+        method: where the crops come from and what is done with them.
 
     Raises:
         RunError: the folder holds a run with another config or other tiles, or another process fills it.
@@ -121,16 +122,17 @@ def fit_fold(
         train.data.DataError, prep.store.StoreError: the tiles cannot serve.
     """
     folder = fold_folder(run_dir, fold)
-    if fold == ALL_TILES:
+    if fold == ALL:
         require_unscored(config)
     require_same_config(config, folder)
     if (folder / FOLD_FILE).is_file():
         record = read_record(folder / FOLD_FILE)
+        require_same_tiles(config, record, folder)
         if is_first_process(config):
             print(f"{name_of(fold)}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
         return record
     prepare_torch(threads_of(config))
-    data = recipe.open_data(config, fold, folder)
+    data = method.open_data(config, fold, folder)
     with held(folder, config) as alone:
         if not alone:
             raise RunError(f"{folder}: another process trains it. Wait for it, or name another --run.")
@@ -139,7 +141,7 @@ def fit_fold(
             print(describe_fold(fold, data), flush=True)
         recorder = Recorder(folder, fold, config, data)
         with quiet_lightning():
-            _run_lightning(partial(recipe.make_module, config), data, recorder, callbacks)
+            _run_lightning(partial(method.make_module, config), data, recorder, callbacks)
         if is_first_process(config):
             record = recorder.record()
             write_whole(folder / FOLD_FILE, lambda path: torch.save(record, path))
@@ -158,16 +160,12 @@ def _run_lightning(
     config = recorder.config
     pl.seed_everything(config.train.seed, verbose=False)
     module = make_module()
-    module.scored = recorder.fold != ALL_TILES
-    set_units(module.network, config, data.normalization)
+    module.scored = recorder.fold != ALL
     if config.model.imagenet:
         load_imagenet(module.network, config.model.args["encoder_name"])
     if config.model.pretrained:
-        module.network.load_state_dict(
-            read_pretrained(config.model.pretrained, arch_of(config))["state_dict"]
-        )
-    if config.model.init:
-        module.network.load_state_dict(first_weights(config, recorder.fold, data))
+        first = read_pretrained(config.model.pretrained, arch_of(config))["state_dict"]
+        module.network.load_state_dict(first)
     # in this order: the average is validated, judged and then recorded
     callbacks = [RampedAveraging(config.optim.ema_decay), *_early_stopping(config), recorder, *more]
     on_terminal = sys.stdout.isatty() and is_first_process(config)
@@ -191,28 +189,13 @@ def _run_lightning(
         )
 
 
-def set_units(network: nn.Module, config: Config, normalization: dict) -> None:
-    """Tell layers that return to physical units how the bands are normalised.
-
-    Raises ConfigError where tiles are normalised one by one, so that no units hold for all of them.
-    """
-    for layer in network.modules():
-        if isinstance(layer, DerivedInputs):
-            if config.data.scaling != "statistics":
-                raise ConfigError(
-                    f"data.scaling is {config.data.scaling!r}, expected 'statistics' for a network with "
-                    f"inputs derived from physical units ({', '.join(layer.names)})"
-                )
-            layer.set_units(normalization)
-
-
 def require_unscored(config: Config) -> None:
     """Raise ConfigError where a setting follows the score, which a network of all tiles has not."""
     train, optim = config.train, config.optim
     for key, value, expected, sensible in (
         ("train.keep", train.keep, "last", train.keep == "last"),
         ("train.early_stop", train.early_stop, "0", train.early_stop == 0),
-        ("optim.schedule", optim.schedule, "cosine or restarts", optim.schedule != "plateau"),
+        ("optim.schedule", optim.schedule, "cosine", optim.schedule == "cosine"),
     ):
         if not sensible:
             raise ConfigError(f"{key} is {value}, expected {expected} where no tile is held out")
@@ -228,44 +211,11 @@ def arch_of(config: Config) -> dict:
     return {"name": config.model.name, "args": to_dict(config)["model"]["args"]}
 
 
-def first_weights(config: Config, fold: int, data: FoldData) -> dict[str, torch.Tensor]:
-    """Return the weights of the same fold in the run that `model.init` names.
-
-    Raises RunError where it is missing, another network, or has seen tiles that this fold holds out.
-    """
-    path = init_file(config, fold)
-    record = torch.load(path, map_location="cpu", weights_only=True)
-    arch = arch_of(config)
-    if record["arch"] != arch:
-        raise RunError(
-            f"model.init: {path} is {record['arch']}, this config's model {arch}. Use the same model."
-        )
-    seen = sorted(set(record["train_tiles"]) & set(data.val_ids))
-    if seen:
-        raise RunError(
-            f"model.init: {path} was trained on {', '.join(seen)}, which fold {fold} holds out here. Name a "
-            "run of the same fold scheme."
-        )
-    return record["state_dict"]
-
-
-def init_file(config: Config, fold: int) -> Path:
-    """Return the same fold's checkpoint in the run that `model.init` names; RunError where it is missing."""
-    assert config.model.init is not None, "no first weights are asked for"
-    path = fold_folder(config.model.init, fold) / FOLD_FILE
-    if not path.is_file():
-        raise RunError(f"model.init: {path} does not exist. Train that run first, or leave model.init out.")
-    return path
-
-
-def first_normalization(config: Config, fold: int) -> Optional[dict]:
-    """Return the statistics that the first weights were trained with; None where they are random.
-
-    Raises RunError or ConfigError as `first_weights` and `read_pretrained`.
-    """
-    if config.model.pretrained:
-        return read_pretrained(config.model.pretrained, arch_of(config))["normalization"]
-    return read_record(init_file(config, fold))["normalization"] if config.model.init else None
+def first_normalization(config: Config) -> Optional[dict]:
+    """Return the statistics that the first weights were trained with; None where they are random."""
+    if not config.model.pretrained:
+        return None
+    return read_pretrained(config.model.pretrained, arch_of(config))["normalization"]
 
 
 def _early_stopping(config: Config) -> list[Callback]:
@@ -310,14 +260,14 @@ class Recorder(Callback):
     All of it is part of that checkpoint, so a resumed run knows of the epochs before.
     """
 
-    def __init__(self, folder: Path, fold: int, config: Config, data: FoldData) -> None:
+    def __init__(self, folder: Path, fold: Fold, config: Config, data: FoldData) -> None:
         """Record the fold's run in `folder`."""
         self.folder = folder
         self.fold = fold
         self.config = config
         self.data = data
         self.history: list[dict] = []  # a row an epoch
-        self.best: dict[str, Any] = {}  # of the epoch kept: epoch, val_mcc, val_mcc4, state_dict
+        self.best: dict[str, Any] = {}  # of the epoch kept: epoch, val_mcc, state_dict
         self._epochs_before = 0  # in the run that is resumed
         self._started = 0.0
 
@@ -353,11 +303,11 @@ class Recorder(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the averaged weights where they are the best so far, or whatever they are."""
-        scores = {name: float(trainer.callback_metrics[name]) for name in ("val_mcc", "val_mcc4")}
-        better = not self.best or scores["val_mcc"] > self.best["val_mcc"]
+        score = float(trainer.callback_metrics["val_mcc"])
+        better = not self.best or score > self.best["val_mcc"]
         if better or self.config.train.keep == "last":
             weights = _averaging(trainer).network_state()
-            self.best = {"epoch": trainer.current_epoch + 1, **scores, "state_dict": weights}
+            self.best = {"epoch": trainer.current_epoch + 1, "val_mcc": score, "state_dict": weights}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add a row to the history and write it, the checkpoint to resume from, and a line of progress."""
@@ -374,19 +324,17 @@ class Recorder(Callback):
 
     def _row(self, trainer: pl.Trainer, module: SegmentationModule) -> dict:
         metrics = trainer.callback_metrics
-        class_counts, code_counts, loss = (
+        code_counts, loss = (
             over_processes(self.config, np.asarray(values), module.device)
-            for values in (module.class_counts, module.code_counts, module.train_loss())
+            for values in (module.code_counts, module.train_loss())
         )
-        drawn = class_counts / class_counts.sum()
         pixels = code_counts / code_counts.sum()
         return {
             "epoch": trainer.current_epoch + 1,
             "train_loss": float(loss) / self.config.trainer.processes,
-            **{name: float(metrics[name]) for name in ("val_loss", "val_mcc", "val_mcc4")},
+            **{name: float(metrics[name]) for name in ("val_loss", "val_mcc")},
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": time.monotonic() - self._started,
-            **{f"drawn_{name}": float(share) for name, share in zip(CLASS_NAMES, drawn)},
             **{f"pixels_{name}": float(pixels[code]) for code, name in CODE_NAMES.items()},
         }
 
@@ -394,12 +342,10 @@ class Recorder(Callback):
         row, epochs = self.history[-1], self.config.train.epochs
         seconds = [past["seconds"] for past in self.history[self._epochs_before :]]
         minutes = np.mean(seconds) * (epochs - row["epoch"]) / 60
-        drawn = "/".join(f"{100 * row['drawn_' + name]:.0f}" for name in CLASS_NAMES)
         return (
             f"{name_of(self.fold)}  epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
-            f"val_loss {row['val_loss']:.4f}  val_mcc {row['val_mcc']:.4f}  val_mcc4 {row['val_mcc4']:.4f}  "
+            f"val_loss {row['val_loss']:.4f}  val_mcc {row['val_mcc']:.4f}  "
             f"best {self.best['val_mcc']:.4f} (epoch {self.best['epoch']})  lr {row['lr']:.1e}  "
-            f"drawn {drawn} %  "
             f"{row['seconds']:.1f} s, at most {minutes:.1f} min left"
         )
 
@@ -412,9 +358,9 @@ class Recorder(Callback):
             **self.best,
             "fold": self.fold,
             "scheme": self.config.data.scheme,
-            "scaling": self.config.data.scaling,
             "views": len(VIEWS) if sees_every_direction(self.config) else 1,
             **self._data_identity(),
+            "fingerprint": TileStore(self.config.data.store).fingerprint,
             "epochs": len(self.history),
             "seconds": float(sum(row["seconds"] for row in self.history)),
             "config": to_dict(self.config),
@@ -440,12 +386,14 @@ def require_same_config(config: Config, folder: Path) -> None:
         )
 
 
-def read_record(path: Path) -> dict:
-    """Return the content of a `fold.pt` without its weights. Raises RunError for a file of another kind."""
-    record = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(record, dict) or record.get("format") != FOLD_FORMAT:
-        raise RunError(f"{path} is no checkpoint of a fold: expected format {FOLD_FORMAT}")
-    return {key: value for key, value in record.items() if key != "state_dict"}
+def require_same_tiles(config: Config, record: dict, folder: Path) -> None:
+    """Raise RunError where a finished fold was trained on other tiles or labels than the store holds now."""
+    found, now = record.get("fingerprint"), TileStore(config.data.store).fingerprint
+    if found != now:
+        raise RunError(
+            f"{folder}: was trained on data with fingerprint {found}, and {config.data.store} has {now} now. "
+            f"Name another run with --run, or remove {folder} to train it again."
+        )
 
 
 def _format_history(rows: Sequence[dict]) -> str:
@@ -468,28 +416,37 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe_fold(fold: int, data: FoldData) -> str:
-    """Return a line on a fold's tiles and the class shares that its crops are drawn by."""
+def describe_fold(fold: Fold, data: FoldData) -> str:
+    """Return a line on a fold's tiles and the shares of its crops."""
     shares = ", ".join(
-        f"{name} {100 * share:.0f} %" for name, share in zip(CLASS_NAMES, data.dataset.pixels.shares)
+        f"{name} {100 * share:.0f} %" for name, share in zip(SIDES, data.dataset.pixels.shares)
     )
-    held_out = "none" if fold == ALL_TILES else name_some(data.val_ids)
+    held_out = "none" if fold == ALL else name_some(data.val_ids)
     return (
         f"{name_of(fold)}: {len(data.train_ids)} tiles to train on, validation on {held_out}; "
         f"crops drawn around {shares}"
     )
 
 
+def describe_hardware(config: Config) -> str:
+    """Return what a network is trained on and how long: device, precision, threads, steps."""
+    device = f"{config.trainer.processes} GPU" if uses_gpu(config) else "CPU"
+    return (
+        f"training on {device}, precision {precision_of(config)}, threads {threads_of(config)}; "
+        f"{config.train.epochs * config.data.steps_per_epoch} steps of {config.data.batch_size} crops of "
+        f"{config.data.crop} px for each fold"
+    )
+
+
 def format_records(records: Sequence[dict]) -> str:
     """Return a table of fitted folds, one a line."""
-    lines = [f"{'fold':>4}{'val_mcc':>10}{'val_mcc4':>10}{'epoch':>7}{'of':>4}{'minutes':>9}  validated on"]
+    lines = [f"{'fold':>4}{'val_mcc':>10}{'epoch':>7}{'of':>4}{'minutes':>9}  validated on"]
     for record in records:
-        fold = "all" if record["fold"] == ALL_TILES else record["fold"]
         lines.append(
-            f"{fold:>4}{record['val_mcc']:>10.4f}{record['val_mcc4']:>10.4f}{record['epoch']:>7}"
+            f"{record['fold']:>4}{record['val_mcc']:>10.4f}{record['epoch']:>7}"
             f"{record['epochs']:>4}{record['seconds'] / 60:>9.1f}  {name_some(record['val_tiles'])}"
         )
-    scores = [record["val_mcc"] for record in records if record["fold"] != ALL_TILES]
+    scores = [record["val_mcc"] for record in records if record["fold"] != ALL]
     if scores:
         lines.append(f"mean{np.mean(scores):>10.4f}")
     return "\n".join(lines)

@@ -1,5 +1,7 @@
 """The Lightning module: network, loss, optimiser, validation on whole tiles; and the averaging of weights."""
 
+from __future__ import annotations
+
 import math
 from functools import partial
 from typing import Any, Optional, Union
@@ -11,24 +13,22 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
-from torchmetrics.classification import BinaryMatthewsCorrCoef, MulticlassMatthewsCorrCoef
+from torchmetrics.classification import BinaryMatthewsCorrCoef
 
-from prep.labels import CODE_CLASSES, IGNORE
-from solution import CLASS_NAMES, GLACIER_GROUP, build_network, pad_to_multiple
-from train import networks
+from solution import build_network, pad_to_multiple
 from train.config import Config, ConfigError
 from train.hardware import process_number
-from train.losses import SetLoss
+from train.losses import UNKNOWN, ExtentLoss
+from train.networks import network_class
 from train.pretrained import find_encoder
 
 
 class SegmentationModule(pl.LightningModule):
-    """Trains one network on crops and validates it on whole tiles.
+    """Trains one network of the extent on crops and validates it on whole tiles.
 
-    Metrics, all over pixels with a label: `val_mcc`, glacier of either kind against the rest on all tiles;
-    `val_mcc4`, four classes on the tiles whose labels are all certain, NaN where there are none; `val_loss`,
-    the mean of the tiles' losses. All are NaN where `scored` is false: the network trains on every tile, and
-    what it says of those it has seen is no score.
+    Metrics, both over pixels with a label: `val_mcc`, glacier of either kind against the rest, and `val_loss`,
+    the mean of the tiles' losses. NaN where `scored` is false: the network trains on every tile, and what it
+    says of those it has seen is no score.
     """
 
     scored = True
@@ -37,31 +37,34 @@ class SegmentationModule(pl.LightningModule):
         """Build the network that the config names, with random weights."""
         super().__init__()
         self.config = config
+        network_class(config.model.name)  # of train/networks/: build_network knows it from here on
         network = build_network({"name": config.model.name, "args": config.model.args})
         self.network = network.to(memory_format=torch.channels_last)  # 10-20 % faster steps on a CPU
         set_batchnorm_momentum(self.network, config.model.batchnorm_momentum)
-        if config.model.dropout:
-            drop_before_head(self.network, config.model.dropout)
-        self.loss = SetLoss(config.loss)
+        self.loss = ExtentLoss(config.loss)
         self.extent_mcc = BinaryMatthewsCorrCoef()
-        self.class_mcc = MulticlassMatthewsCorrCoef(num_classes=len(CLASS_NAMES))
         self.val_losses: list[float] = []
         self._reset_epoch_counts()
 
     def _reset_epoch_counts(self) -> None:
         self.train_losses: list[Tensor] = []  # tensors: reading each one at once would stall a GPU
-        self.class_counts = np.zeros(len(CLASS_NAMES), np.int64)  # classes that crops were drawn for
         self.code_counts = np.zeros(256, np.int64)  # label codes of the pixels in the crops
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits (B, 4, H, W) of normalised bands (B, 5, H, W) of any size."""
+        """Return logits (B, 1, H, W) of normalised bands (B, 5, H, W) of any size."""
         height, width = image.shape[-2:]
         padded = pad_to_multiple(image).contiguous(memory_format=torch.channels_last)
         return self.network(padded)[..., :height, :width]
 
     def on_train_epoch_start(self) -> None:
-        """Start the epoch's counts at zero."""
+        """Start the epoch's counts at zero; freeze the encoder, or let it learn."""
         self._reset_epoch_counts()
+        if self.config.model.freeze_epochs:
+            encoder = find_encoder(self.network)
+            frozen = self.current_epoch < self.config.model.freeze_epochs
+            encoder.requires_grad_(not frozen).train(
+                not frozen
+            )  # in evaluation BatchNorm keeps its statistics
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed by the step, so that dropout in a resumed run is what it would have been without the break.
@@ -75,28 +78,21 @@ class SegmentationModule(pl.LightningModule):
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        """Return the loss of a batch of crops: images, label codes, classes they were drawn for."""
-        image, codes, classes = batch[:3]
-        loss = self.heads_loss(image, batch)
+        """Return the loss of a batch of crops: images and label codes."""
+        loss = self.batch_loss(*batch)
         self.train_losses.append(loss.detach())
-        self.class_counts += np.bincount(classes.cpu().numpy(), minlength=len(CLASS_NAMES))
-        self.code_counts += np.bincount(codes.cpu().numpy().ravel(), minlength=256)
+        self.code_counts += np.bincount(batch[1].cpu().numpy().ravel(), minlength=256)
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
-    def heads_loss(self, image: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    def batch_loss(self, image: Tensor, codes: Tensor) -> Tensor:
         """Return the loss of a network's logits, and with it the auxiliary head's where there is one."""
         forward_with_auxiliary = getattr(self.network, "forward_with_auxiliary", None)
         if forward_with_auxiliary is None:
-            return self.batch_loss(self(image), batch)
+            return self.loss(self(image), codes)
         crops = image.contiguous(memory_format=torch.channels_last)  # their sides need no padding
         logits, auxiliary = forward_with_auxiliary(crops)
-        weight = self.config.loss.auxiliary
-        return self.batch_loss(logits, batch) + weight * self.batch_loss(auxiliary, batch)
-
-    def batch_loss(self, logits: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss of the logits (B, 4, H, W) of a batch."""
-        return self.loss(logits, batch[1], self.global_step / self.config.data.steps_per_epoch)
+        return self.loss(logits, codes) + self.config.loss.auxiliary * self.loss(auxiliary, codes)
 
     def train_loss(self) -> float:
         """Return the mean loss of the epoch's steps so far."""
@@ -105,7 +101,6 @@ class SegmentationModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the metrics at zero."""
         self.extent_mcc.reset()
-        self.class_mcc.reset()
         self.val_losses = []
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -113,25 +108,18 @@ class SegmentationModule(pl.LightningModule):
         image, codes = batch
         logits = self(image)
         self.val_losses.append(float(self.loss(logits, codes)))
-        predicted = logits.argmax(dim=1)
-        labelled = codes != IGNORE
-        self.extent_mcc.update(is_glacier(predicted[labelled]), is_glacier(codes[labelled]))
-        if labelled.any() and (codes[labelled] < len(CLASS_NAMES)).all():
-            self.class_mcc.update(predicted[labelled], codes[labelled].long())
+        sides = self.loss.sides[codes.long()]
+        labelled = sides != UNKNOWN
+        self.extent_mcc.update(logits[:, 0][labelled] > 0, sides[labelled])
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics, and let the learning rate follow them."""
-        if not self.scored:
-            for name in ("val_loss", "val_mcc", "val_mcc4"):
-                self.log(name, math.nan)
-            return
-        extent = float(self.extent_mcc.compute())
-        classes = float(self.class_mcc.compute()) if self.class_mcc.update_called else float("nan")
-        self.log("val_loss", float(np.mean(self.val_losses)))
+        extent = float(self.extent_mcc.compute()) if self.scored else math.nan
+        self.log("val_loss", float(np.mean(self.val_losses)) if self.scored else math.nan)
         self.log("val_mcc", extent, prog_bar=True)
-        self.log("val_mcc4", classes)
-        for scheduler in self._plateau_schedulers():
-            scheduler.step(extent)
+        if self.scored:
+            for scheduler in self._plateau_schedulers():
+                scheduler.step(extent)
 
     def _plateau_schedulers(self) -> list[ReduceLROnPlateau]:
         found = self.lr_schedulers()
@@ -147,11 +135,7 @@ class SegmentationModule(pl.LightningModule):
         """Return AdamW and the schedulers of its learning rate."""
         optim = self.config.optim
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=optim.lr, weight_decay=optim.weight_decay)
-        make = {
-            "plateau": self._plateau_schedule,
-            "cosine": self._cosine_schedule,
-            "restarts": self._restart_schedule,
-        }[optim.schedule]
+        make = {"plateau": self._plateau_schedule, "cosine": self._cosine_schedule}[optim.schedule]
         return [optimizer], make(optimizer)
 
     def _parameter_groups(self) -> list[dict]:
@@ -190,13 +174,6 @@ class SegmentationModule(pl.LightningModule):
         schedule = LambdaLR(optimizer, partial(warmup_and_cosine, warmup=warmup, total=total))
         return [{"scheduler": schedule, "interval": "step"}]
 
-    def _restart_schedule(self, optimizer: Optimizer) -> list[dict]:
-        """Return the warm-up and then one fall to 0 after another."""
-        warmup = self.config.optim.warmup_steps
-        period = self.config.optim.restart_epochs * self.config.data.steps_per_epoch
-        schedule = LambdaLR(optimizer, partial(warmup_and_restarts, warmup=warmup, period=period))
-        return [{"scheduler": schedule, "interval": "step"}]
-
 
 def warmup_and_cosine(step: int, warmup: int, total: int) -> float:
     """Return the factor of the learning rate after `step` steps: a linear rise, then half a cosine to 0.
@@ -209,54 +186,11 @@ def warmup_and_cosine(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def warmup_and_restarts(step: int, warmup: int, period: int) -> float:
-    """Return the factor of the learning rate after `step` steps: a linear rise, then a half cosine from 1 to
-    0 every `period` steps.
-
-    Loshchilov and Hutter 2017, arXiv 1608.03983, with periods of equal length.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * ((step - warmup) % period) / period))
-
-
-def is_glacier(codes: Tensor) -> Tensor:
-    """Return bool: the class index or label code allows nothing but glacier, clean or debris-covered."""
-    inside = [code for code, classes in CODE_CLASSES.items() if set(classes) <= set(GLACIER_GROUP)]
-    return torch.isin(codes, torch.tensor(inside, dtype=codes.dtype, device=codes.device))
-
-
 def set_batchnorm_momentum(network: nn.Module, momentum: Optional[float]) -> None:
     """Set the momentum of the running statistics of every BatchNorm; None leaves them alone."""
     for layer in network.modules():
         if momentum is not None and isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.momentum = momentum
-
-
-def drop_before_head(network: nn.Module, share: float) -> None:
-    """Drop a share of the maps that the last layer reads, in training only; the state dict stays the same.
-
-    Raises ConfigError for a network without a layer that is known as its last.
-    """
-    head = find_head(network)
-    if head is None:
-        raise ConfigError(
-            f"model.dropout is {share}, but network {type(network).__name__} has no head of its own to put "
-            "it before; expected 0"
-        )
-    head.register_forward_pre_hook(partial(_drop_maps, share=share))
-
-
-def find_head(network: nn.Module) -> Optional[nn.Module]:
-    """Return the layers that turn maps into logits; None for a network where they are not known."""
-    if isinstance(network, networks.RefinedUnet):  # its inner network makes maps, not logits
-        return network.refine[-1]
-    network = getattr(network, "unet", network)
-    return getattr(network, "segmentation_head", getattr(network, "head", None))
-
-
-def _drop_maps(head: nn.Module, inputs: tuple[Tensor, ...], share: float) -> tuple[Tensor]:
-    return (nn.functional.dropout2d(inputs[0], share, training=head.training),)
 
 
 class RampedAveraging(WeightAveraging):

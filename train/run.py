@@ -1,34 +1,95 @@
-"""The files of a run: what lies where in its folder."""
+"""The files of a run: what lies where in its folder, what a fold is, and what a finished fold's record holds."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, Union
 
-# In the folder of a fold, `fold_folder`.
+import torch
+
+from solution import KitError
+
+# A network's fold: the number of the fold of tiles that it never saw, or ALL where it saw every tile.
+Fold = Union[int, str]
+ALL = "all"
+
+# In a run's folder lie a folder for each member of its ensemble, in that one for each fold, `fold_folder`.
 FOLD_FILE = "fold.pt"  # the finished fold: weights, scores, tiles, config
+FOLD_FORMAT = "glacier-kit-fold/2"
 RESUME_FILE = "last.ckpt"  # of a fold that is not finished
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.csv"  # a row an epoch
 
-# In the folder of the run.
-PASSES_FOLDER = "passes"  # <tile_id>.npy: (6, 4, H, W) float16, the probabilities of each view
-DIAGONALS_FOLDER = "diagonals"  # <tile_id>.npy: (2, 4, H, W) float16, those mirrored along each diagonal
-OOF_FOLDER = "oof"  # <tile_id>.npy: (4, H, W) float16, their mean
-RUN_FILE = "run.json"  # {"scheme": name of the fold scheme, ...}
+VIEWS_FOLDER = "views"  # of a member: <tile_id>.npy, (views, H, W) float16 logits of the extent
+KIND_FOLDER = "kind"  # of a run: folds of the network of the kind, and <tile_id>.npy, (H, W) float16 logits
+OOF_FOLDER = "oof"  # of a run: <tile_id>.npy, (4, H, W) float16 class probabilities, out of fold
+RUN_FILE = "run.json"  # of a run: {"scheme": name of the fold scheme, ...}
 SCORES_FILE = "scores.json"
 
 
-def fold_folder(run_dir: str | os.PathLike, fold: int) -> Path:
-    """Return the folder of a fold in a run's folder."""
+class RunError(KitError):
+    """A run folder does not fit what was asked for; the message says what differs and what to do."""
+
+
+def name_of(fold: Fold) -> str:
+    """Return what a fold is called in what is printed."""
+    return "all tiles" if fold == ALL else f"fold {fold}"
+
+
+def parse_folds(text: str) -> list[Fold]:
+    """Return the folds that text such as "0,1,all" names; RunError for other text."""
+    parts = text.split(",")
+    wrong = [part for part in parts if part != ALL and not part.isdecimal()]
+    if wrong:
+        raise RunError(f"--folds: found {wrong[0]!r}, expected numbers of folds or {ALL!r}, e.g. 0,1,{ALL}")
+    return [ALL if part == ALL else int(part) for part in parts]
+
+
+def fold_folder(run_dir: str | os.PathLike, fold: Fold) -> Path:
+    """Return the folder of a fold in a member's folder."""
     return Path(run_dir) / f"fold{fold}"
 
 
 def files_of_folds(run_dir: str | os.PathLike, name: str) -> list[Path]:
-    """Return the files of this name in the folders of all folds of a run, sorted by path."""
+    """Return the files of this name in the folders of all folds of a member, sorted by path."""
     return sorted(Path(run_dir).glob(f"fold*/{name}"))
 
 
 def is_fresh(path: Path, checkpoint: Path) -> bool:
     """Return whether a prediction is there and was written after the checkpoint that made it."""
     return path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
+def read_fold(path: Path) -> dict[str, Any]:
+    """Return the record of a finished fold: plain containers and the weights in `state_dict`.
+
+    Raises RunError where it is missing, damaged or of another format.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: no such fold; train it with `python -m train fit` (or `make train-all`)")
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several unrelated kinds for damaged files
+        raise RunError(f"{path}: cannot be read ({error}); remove it and train it again") from error
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != FOLD_FORMAT:
+        raise RunError(f"{path}: format {found!r}, expected {FOLD_FORMAT!r}; remove it and train it again")
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what `read_fold` does, without the weights."""
+    return {key: value for key, value in read_fold(path).items() if key != "state_dict"}
+
+
+def read_folds(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the records of all finished folds of a member that hold tiles out, in the order of their numbers.
+
+    Raises RunError where there are none.
+    """
+    records = [read_fold(path) for path in files_of_folds(run_dir, FOLD_FILE)]
+    records = [record for record in records if record["fold"] != ALL]
+    if not records:
+        raise RunError(f"{run_dir}: no finished folds; train them with `python -m train fit --run {run_dir}`")
+    return sorted(records, key=lambda record: record["fold"])

@@ -1,6 +1,6 @@
-"""Runs several trainings at once: each a process of its own on one thread, and on a GPU where there are some.
+"""Trains several networks: one after the other, or side by side, each in a process on one thread or on one GPU.
 
-Small batches gain little from more threads, so folds side by side take less time than one after the other.
+Small batches gain little from more threads, so networks side by side take less time than one after the other.
 """
 
 from __future__ import annotations
@@ -10,38 +10,102 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence, TypeVar
+from typing import NamedTuple, Sequence
 
 import torch
 from tqdm import tqdm
 
 from prep.files import write_whole
-from train.config import Config, ConfigError, change_config, save_config
-from train.fit import RunError, format_records, numbers_of_folds, read_record, require_same_config
-from train.run import CONFIG_FILE, FOLD_FILE, fold_folder
+from train.config import Config, ConfigError, change_config, load_config, save_config
+from train.fit import fit_folds, format_records, require_same_config
+from train.run import FOLD_FILE, Fold, RunError, fold_folder, name_of, parse_folds, read_record
 
 PROJECT = Path(__file__).resolve().parents[1]
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
-Item = TypeVar("Item")
+
+class Job(NamedTuple):
+    """One network to train: its config, the folder of its member, and its fold."""
+
+    config: Config
+    folder: Path
+    fold: Fold
+
+    @property
+    def name(self) -> str:
+        """What the network is called in what is printed."""
+        return f"{self.folder.name}, {name_of(self.fold)}"
 
 
-class Work(NamedTuple):
-    """One process: `python -m <arguments>`, what it prints added to `log`, and what it is called."""
+def fit_jobs(jobs: Sequence[Job], at_once: int) -> list[dict]:
+    """Train networks, `at_once` side by side; finished ones are kept. Return their records.
 
-    name: str
-    arguments: Sequence[str]
-    log: Path
+    What a process prints is in `<member>/fold<k>.log`. The result is that of one after the other.
+
+    Raises:
+        ConfigError: fewer than one at once is asked for, or each would need several devices.
+        RunError: a network failed; the message has the last line of its log.
+    """
+    if at_once < 1:
+        raise ConfigError(f"--jobs is {at_once}, expected 1 or more")
+    if at_once == 1:
+        return [fit_folds(job.config, job.folder, [job.fold])[0] for job in jobs]
+    for job in jobs:
+        if job.config.trainer.processes > 1:
+            raise ConfigError(
+                f"--jobs is {at_once}, but each network would take {job.config.trainer.processes} devices; "
+                "expected trainer.devices=1 and trainer.num_nodes=1, or no --jobs"
+            )
+        require_same_config(job.config, fold_folder(job.folder, job.fold))
+    failed = _run(jobs, at_once)
+    if failed:
+        raise RunError(explain_failures([log_of(job) for job in failed]))
+    records = [read_record(fold_folder(job.folder, job.fold) / FOLD_FILE) for job in jobs]
+    print(format_records(records), flush=True)
+    return records
 
 
-def start(work: Work, slot: int = 0) -> subprocess.Popen:
-    """Start the process of some work on one thread; its slot among those at once decides the GPU."""
+def _run(jobs: Sequence[Job], at_once: int) -> list[Job]:
+    """Run a process for each job, and return those that failed. On an interruption, the processes are ended."""
+    waiting, failed = list(jobs), []
+    running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
+    try:
+        with tqdm(total=len(waiting), desc="networks", unit="network", file=sys.stderr) as bar:
+            while waiting or running:
+                for slot in [slot for slot in range(at_once) if slot not in running][: len(waiting)]:
+                    job = waiting.pop(0)
+                    running[slot] = job, start(job, slot)
+                for slot, (job, process) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[slot]
+                        bar.update()
+                        bar.write(
+                            f"{job.name}: {'failed' if process.returncode else 'done'}", file=sys.stderr
+                        )
+                        failed += [job] * (process.returncode != 0)
+                time.sleep(0.1)
+    finally:
+        _end([process for _, process in running.values()])
+    return failed
+
+
+def start(job: Job, slot: int) -> subprocess.Popen:
+    """Start the process of a job on one thread; its slot among those at once decides the GPU."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    settings = job.folder / f"fold{job.fold}.yaml"
+    config = change_config(job.config, {"train": {"threads": job.config.train.threads or 1}}, "--jobs")
+    write_whole(settings, lambda part: save_config(config, part))
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **gpu_of(slot)}
-    with open(work.log, "a", encoding="utf-8") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", *work.arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
+    arguments = [str(settings), str(job.folder), str(job.fold)]
+    with open(log_of(job), "a", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "train.side_by_side", *arguments]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def log_of(job: Job) -> Path:
+    """Return the file with what a job's process prints."""
+    return job.folder / f"fold{job.fold}.log"
 
 
 def gpu_of(slot: int) -> dict[str, str]:
@@ -55,49 +119,6 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     named = os.environ.get(GPU_VARIABLE, "")
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
-
-
-def run_side_by_side(
-    items: Sequence[Item],
-    jobs: int,
-    begin: Callable[[Item, int], subprocess.Popen],
-    name: Callable[[Item], str],
-    finished: Callable[[Item], None],
-) -> list[Item]:
-    """Run a process for each item, `jobs` at once, and return the items whose process failed.
-
-    On an interruption, the processes are ended.
-
-    Args:
-        items: what to run, in this order.
-        jobs: largest number of processes at a time.
-        begin: starts the process of an item in a slot, 0 to jobs - 1.
-        name: of an item, for the line that says how it ended.
-        finished: called after each item whose process did not fail.
-    """
-    waiting, failed = list(items), []
-    running: dict[int, tuple[Item, subprocess.Popen]] = {}  # by slot
-    try:
-        with tqdm(total=len(waiting), unit="fold", file=sys.stderr, disable=not waiting) as bar:
-            while waiting or running:
-                for slot in [slot for slot in range(jobs) if slot not in running][: len(waiting)]:
-                    item = waiting.pop(0)
-                    running[slot] = item, begin(item, slot)
-                for slot, (item, process) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[slot]
-                    bar.update()
-                    ended = "done" if process.returncode == 0 else "failed"
-                    bar.write(f"{name(item)}: {ended}", file=sys.stderr)
-                    if process.returncode == 0:
-                        finished(item)
-                    else:
-                        failed.append(item)
-                time.sleep(0.1)
-    finally:
-        _end([process for _, process in running.values()])
-    return failed
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:
@@ -118,48 +139,10 @@ def explain_failures(logs: Sequence[Path]) -> str:
         text = log.read_text(encoding="utf-8", errors="replace").strip()
         lines.append(f"{log}: {text.splitlines()[-1] if text else 'nothing was printed'}")
     return (
-        f"{len(logs)} folds failed; the same command tries them again, and keeps the others.\n"
+        f"{len(logs)} networks failed; the same command tries them again, and keeps the others.\n"
         + "\n".join(lines)
     )
 
 
-# --- The folds of a run -------------------------------------------------------------------------------------
-
-
-def fit_side_by_side(config: Config, run_dir: Path, folds: Sequence[int] | None, jobs: int) -> list[dict]:
-    """Fit folds as `train.fit.fit_all` does, but `jobs` at once, each in a process; return their records.
-
-    Each process has one thread unless `train.threads` says otherwise; what it prints is in
-    `run_dir`/fold<k>.log. The result is that of one fold after the other with as many threads.
-
-    Raises:
-        ConfigError: fewer than one process is asked for, or each would need several devices.
-        RunError: a fold failed; the message has the last line of its log.
-    """
-    if jobs < 1:
-        raise ConfigError(f"--jobs is {jobs}, expected 1 or more")
-    if config.trainer.processes > 1:
-        raise ConfigError(
-            f"--jobs is {jobs}, but each fold would take {config.trainer.processes} devices; expected "
-            "trainer.devices=1 and trainer.num_nodes=1, or no --jobs"
-        )
-    config = change_config(config, {"train": {"threads": config.train.threads or 1}}, "--jobs")
-    folds = numbers_of_folds(config) if folds is None else folds
-    for fold in folds:
-        require_same_config(config, fold_folder(run_dir, fold))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    settings = run_dir / CONFIG_FILE
-    write_whole(settings, lambda part: save_config(config, part))
-    works = [work_of(settings, run_dir, fold) for fold in folds]
-    failed = run_side_by_side(works, jobs, start, lambda work: work.name, lambda work: None)
-    if failed:
-        raise RunError(explain_failures([work.log for work in failed]))
-    records = [read_record(fold_folder(run_dir, fold) / FOLD_FILE) for fold in folds]
-    print(format_records(records), flush=True)
-    return records
-
-
-def work_of(settings: Path, run_dir: Path, fold: int) -> Work:
-    """Return the process that fits one fold of a run whose config is in the file `settings`."""
-    arguments = ["train", "fit", "--config", settings, "--run", run_dir, f"--folds={fold}"]
-    return Work(f"fold {fold}", [str(argument) for argument in arguments], run_dir / f"fold{fold}.log")
+if __name__ == "__main__":
+    fit_folds(load_config(sys.argv[1]), Path(sys.argv[2]), parse_folds(sys.argv[3]))

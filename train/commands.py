@@ -1,0 +1,127 @@
+"""The commands that make weights: fit, score, ensemble, pack."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from prep.store import TileStore
+from train.config import Config, load_config, members_of
+from train.run import ALL, KIND_FOLDER, parse_folds
+
+RECIPE = Path("train/recipe.yaml")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that works on a run."""
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="YAML file (default: %(default)s)")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, e.g. runs/mine")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. optim.lr=3e-4")
+
+
+def read_recipe(arguments: argparse.Namespace) -> Config:
+    """Return the recipe that the arguments name, changed by their overrides."""
+    return load_config(arguments.recipe, arguments.overrides)
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fit`."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--folds", type=parse_folds, help="e.g. 0,1,all; default: what the recipe needs")
+    parser.add_argument("--member", help="only this member of the ensemble")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="networks at once, each a process on one thread or GPU (default: 1)",
+    )
+
+
+def run_fit(arguments: argparse.Namespace) -> int:
+    """Train all networks of a recipe; the same command continues a run that was interrupted."""
+    from train import kind
+    from train.side_by_side import Job, fit_jobs
+
+    config = read_recipe(arguments)
+    jobs = []
+    for name, (member, settings) in members_of(config).items():
+        if arguments.member in (None, name):
+            folds = arguments.folds or [f for f in kind.kind_folds(config) if f != ALL or member.ship == ALL]
+            jobs += [Job(settings, arguments.run / name, fold) for fold in folds]
+    fit_jobs(jobs, arguments.jobs)
+    kind.fit_kind(config, arguments.run / KIND_FOLDER, arguments.folds or kind.kind_folds(config))
+    return 0
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `score`."""
+    add_recipe_arguments(parser)
+
+
+def run_score(arguments: argparse.Namespace) -> int:
+    """Predict each tile by the networks that never saw it, and score the ensemble."""
+    from train.predict import predict_run
+    from train.report.scores import score_run
+
+    config = read_recipe(arguments)
+    store = TileStore(config.data.store)
+    predict_run(arguments.run, config, store)
+    print_scores(arguments.run, score_run(arguments.run, store))
+    return 0
+
+
+def print_scores(run: Path, scores: dict) -> None:
+    """Print a run's out-of-fold scores, a line each with its 95 % interval."""
+    for name, found in scores["intervals"].items():
+        text = (
+            "undefined"
+            if found is None
+            else f"{found[0]:.3f} (95 % interval {found[1]:.3f} to {found[2]:.3f})"
+        )
+        print(f"{run}: {name}, out of fold, valid pixels: {text}")
+
+
+def add_ensemble_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `ensemble`."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--report", type=Path, help="Markdown file (default: ensemble.md in the run)")
+
+
+def run_ensemble(arguments: argparse.Namespace) -> int:
+    """Measure what each member, view and step after the networks is worth, out of fold."""
+    from train.ensemble import Evidence, measure, table, write_report
+
+    config = read_recipe(arguments)
+    rows = measure(Evidence(arguments.run, config))
+    command = "python -m train " + shlex.join(sys.argv[1:])
+    about = f"{len(rows[0].counts)} tiles, {config.data.scheme} folds, recipe {arguments.recipe}."
+    write_report(arguments.report or arguments.run / "ensemble.md", rows, about, command)
+    print(table(rows))
+    return 0
+
+
+def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `pack`."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("weights/model.pth"), help="default: %(default)s")
+    parser.add_argument(
+        "--time-budget", type=float, help="seconds, in the place of the recipe's pack.time_budget"
+    )
+
+
+def run_pack(arguments: argparse.Namespace) -> int:
+    """Write model.pth and its card from a finished run."""
+    from train.pack import pack
+
+    if arguments.time_budget is not None:
+        arguments.overrides.append(f"pack.time_budget={arguments.time_budget}")
+    config = read_recipe(arguments)
+    recipe = "" if arguments.recipe == RECIPE else f" RECIPE={arguments.recipe}"
+    command = (
+        f"make train-all DATA=<folder with Band1 ... Band5 and labels> SCHEME={config.data.scheme}{recipe}"
+    )
+    card = pack(arguments.run, config, arguments.out, command)
+    print(f"{arguments.out} and {card} written")
+    return 0
