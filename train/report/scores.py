@@ -68,7 +68,7 @@ def count_run(run_dir: str | os.PathLike, store: TileStore) -> list[TileCounts]:
     if missing:
         raise ReportError(
             f"{run_dir / OOF_FOLDER}: no probabilities for {name_some(missing)}; expected all tiles of a fold. "
-            f"Finish the folds that hold them out, then `python -m train evaluate --run {run_dir}`."
+            f"Finish the folds that hold them out, then `python -m train score --run {run_dir}`."
         )
     return count_tiles(store, tile_ids, lambda name: predicted_classes(run_dir, store, name), fold_of)
 
