@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from support import PROJECT, write_model
 
+from prep.files import sha256
 from train.submit import reference as release
-from train.submit.archive import sha256
 
 FORBIDDEN = {
     "pickle.load",

@@ -6,13 +6,14 @@ A network that solution.py lacks is one module in train/networks/, named like th
 
 from __future__ import annotations
 
+import argparse
 import ast
 import sys
 from pathlib import Path
 from typing import Mapping
 
 from prep.files import write_whole
-from solution import KitError
+from solution import KitError, find_weights, read_model_file
 
 PROJECT = Path(__file__).resolve().parents[2]
 SOLUTION = PROJECT / "solution.py"
@@ -52,6 +53,22 @@ def write_solution(model: Mapping, out: Path) -> Path:
     text = assemble(model)
     write_whole(out, lambda part: part.write_bytes(text.encode("utf-8")))
     return out
+
+
+def add_submission_files(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the commands that run a submission."""
+    parser.add_argument(
+        "--weights", type=Path, default=Path("weights/model.pth"), help="default: %(default)s"
+    )
+    parser.add_argument("--data", type=Path, help="folder with Band1 ... Band5; default: synthetic tiles")
+    parser.add_argument(
+        "--solution", type=Path, help="default: the kit's, with the networks put in that the weights name"
+    )
+
+
+def find_solution(given: Path | None, weights: Path, folder: Path) -> Path:
+    """Return the solution.py to run: the one given, else the one that belongs to the weights, in `folder`."""
+    return given or write_solution(read_model_file(find_weights(weights)), folder / "solution.py")
 
 
 def names_of(text: str) -> set[str]:

@@ -19,7 +19,6 @@ from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from solution import TIME_BUDGET_VARIABLE
-from train.submit.archive import MEMBERS, refuse_missing
 from train.submit.tiles import (
     Case,
     Masks,
@@ -30,7 +29,7 @@ from train.submit.tiles import (
     set_modes,
     take_snapshot,
 )
-from train.submit.verdict import CheckResult, judge
+from train.submit.verdict import SUBMITTED, CheckResult, judge, refuse_missing
 
 START_LIMIT, TILE_LIMIT = (
     300,
@@ -81,7 +80,7 @@ class Candidate(NamedTuple):
     @property
     def bare_weights(self) -> str:
         """Where the weights lie while it runs."""
-        return str(self.workdir / "bare" / MEMBERS[1])
+        return str(self.workdir / "bare" / SUBMITTED[1])
 
 
 # --- Processes ------------------------------------------------------------------------------------
@@ -92,7 +91,7 @@ def copy_submission(solution: Path, weights: Path, workdir: Path) -> list[Path]:
     refuse_missing(solution, weights)
     folder = workdir / "submission"
     folder.mkdir()
-    return [Path(shutil.copyfile(path, folder / name)) for path, name in zip((solution, weights), MEMBERS)]
+    return [Path(shutil.copyfile(path, folder / name)) for path, name in zip((solution, weights), SUBMITTED)]
 
 
 @contextmanager
@@ -101,7 +100,7 @@ def bare_folder(candidate: Candidate) -> Iterator[Path]:
     folder = candidate.workdir / "bare"
     folder.mkdir()
     try:
-        for name, path in zip(MEMBERS, (candidate.solution, candidate.weights)):
+        for name, path in zip(SUBMITTED, (candidate.solution, candidate.weights)):
             if path.is_file():
                 shutil.copyfile(path, folder / name)
         set_modes(folder, 0o444, 0o555)

@@ -5,9 +5,11 @@ What is known to pass the platform is an answer within 45 s in all; its real lim
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from prep.synthetic.scenes import NAMINGS
 from solution import MODEL_FILE, InputError, read_model_file, usable_cores
 from train.submit import callers
+from train.submit.assemble import add_submission_files, find_solution
 from train.submit.callers import COMMAND_LINES, Candidate
 from train.submit.limits import KNOWN_SECONDS, MAX_BYTES
 from train.submit.reference import check_shipped
@@ -30,7 +33,7 @@ from train.submit.tiles import (
     lay_out_case,
     lay_out_samples,
 )
-from train.submit.verdict import CheckResult, Steps, judge
+from train.submit.verdict import CheckResult, Steps, format_results, judge, list_failures
 
 SAMPLES = 3, 256  # tiles of so many px for each way of naming them
 MEMORY_AIM = 2e9  # bytes; what the platform has is not known
@@ -73,7 +76,8 @@ def check_submission(
         ordered = [mask for _, mask in sorted(outcomes[0].masks.items())]
         named.append(Outcome(case.label, {str(number): mask for number, mask in enumerate(ordered, 1)}))
         results += case_results
-    results.append(judge_agreement("naming styles", named))
+    if data is None:
+        results.append(judge_agreement("naming styles", named))
     results += check_damaged_tile(candidate, damage_case(cases[0], workdir / "damaged tile"))
     for fault, path in damaged.items():
         results += check_damaged_weights(candidate, cases[0], fault, path)
@@ -235,3 +239,30 @@ def judge_memory(subject: str, peak: int) -> CheckResult:
     """Return the peak memory, with a warning where it is more than small machines have."""
     found, expected = f"{peak / 1e9:.2f} GB", f"at most {MEMORY_AIM / 1e9:g} GB"
     return CheckResult(subject, "peak memory", True, found, expected, doubtful=peak > MEMORY_AIM)
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `check`."""
+    add_submission_files(parser)
+    parser.add_argument(
+        "--timed-tiles", type=int, default=25, metavar="N", help="tiles of the timed run (default: 25)"
+    )
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """Run the submission as the grader does and say whether it would be accepted; exit status 1 if not."""
+    with tempfile.TemporaryDirectory(prefix="solution-") as folder:
+        solution = find_solution(arguments.solution, arguments.weights, Path(folder))
+        return 1 if check_and_print(arguments, solution) else 0
+
+
+def check_and_print(arguments: argparse.Namespace, solution: Path) -> set[str]:
+    """Check a submission, print the table, and return the names of the checks that failed."""
+    with tempfile.TemporaryDirectory(prefix="check-") as workdir:
+        given = (arguments.weights, arguments.data, Path(workdir), arguments.timed_tiles)
+        results = check_submission(solution, *given)
+    print(format_results(results))
+    return {result.check for result in list_failures(results)}

@@ -5,10 +5,19 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
+from pathlib import Path
 from typing import NamedTuple, Sequence
+
+from solution import MODEL_FILE, KitError
+
+SUBMITTED = ("solution.py", MODEL_FILE)
 
 SHOWN = 3  # faults of one kind that are spelt out
 WIDTH = 150  # columns
+
+
+class SubmissionError(KitError):
+    """The submission cannot be checked or written; the message says why and what to do."""
 
 
 class CheckResult(NamedTuple):
@@ -23,6 +32,15 @@ class CheckResult(NamedTuple):
     found: str
     expected: str
     doubtful: bool = False
+
+
+def refuse_missing(*paths: Path) -> None:
+    """Raise SubmissionError where one of the files is not there."""
+    for path in paths:
+        if not path.is_file():
+            raise SubmissionError(
+                f"{path}: no such file; train weights with `make train-all`, or name another"
+            )
 
 
 def judge(subject: str, check: str, faults: Sequence[str], expected: str) -> CheckResult:

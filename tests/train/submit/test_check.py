@@ -10,7 +10,8 @@ import pytest
 import support
 import torch
 
-from train.submit import archive, check, command
+from prep.files import sha256
+from train.submit import archive, check
 from train.submit.callers import (
     CLOSED_PORT,
     COMMAND_LINES,
@@ -401,11 +402,11 @@ def test_an_older_zip_is_kept_until_the_new_one_is_there(tmp_path):
 def run_submission(tmp_path: Path, tiles: Path, name: str, code: str, *options: str) -> int:
     """Run the command `submission` on a submission without a network."""
     parser = argparse.ArgumentParser()
-    command.add_submission_arguments(parser)
+    archive.add_submission_arguments(parser)
     solution, weights = write_submission(tmp_path / name, code)
     files = ["--solution", str(solution), "--weights", str(weights), "--data", str(tiles)]
     out = ["--timed-tiles", "1", "--out", str(tmp_path / "submission.zip")]
-    return command.run_submission(parser.parse_args([*files, *out, *options]))
+    return archive.run_submission(parser.parse_args([*files, *out, *options]))
 
 
 def test_the_command_writes_a_zip_only_after_a_passed_check(tmp_path, tiles, capsys):
@@ -414,7 +415,7 @@ def test_the_command_writes_a_zip_only_after_a_passed_check(tmp_path, tiles, cap
     assert not out.exists() and "values" in capsys.readouterr().err
     assert run_submission(tmp_path, tiles, "good", HONEST) == 0
     *_, told, last = capsys.readouterr().out.splitlines()
-    assert f"SHA-256 {archive.sha256(out)}" in told
+    assert f"SHA-256 {sha256(out)}" in told
     assert "upload model.pth and solution.py" in last
     with pytest.raises(archive.SubmissionError, match="--overwrite"):
         run_submission(tmp_path, tiles, "again", HONEST)

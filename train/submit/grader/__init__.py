@@ -3,6 +3,7 @@ no network, and compares its masks with those of the Python that runs this."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 from prep.text import plural
+from train.submit.assemble import add_submission_files, find_solution
 from train.submit.callers import (
     COMMAND_LINES,
     UNHURRIED,
@@ -122,3 +124,22 @@ def grader_check(solution: Path, weights: Path, tiles: Tiles, optional: bool = F
     print(format_results(results))
     print(f"grader-check: made in {interpreter.label}, {time.perf_counter() - started:.0f} s")
     return 1 if list_failures(results) else 0
+
+
+def add_grader_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `grader-check`."""
+    add_submission_files(parser)
+    parser.add_argument("--tiles", type=int, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=512, help="px, of synthetic ones (default: %(default)s)")
+    parser.add_argument(
+        "--optional", action="store_true", help="where Python 3.9 or its packages cannot be had, end well"
+    )
+
+
+def run_grader_check(arguments: argparse.Namespace) -> int:
+    """Run the submission under Python 3.9 and the grader's packages, read-only and without network; exit
+    status 1 where a caller fails or the masks are others than here."""
+    tiles = Tiles(arguments.data, arguments.tiles, arguments.size)
+    with tempfile.TemporaryDirectory(prefix="solution-") as folder:
+        solution = find_solution(arguments.solution, arguments.weights, Path(folder))
+        return grader_check(solution, arguments.weights, tiles, arguments.optional)
