@@ -232,7 +232,7 @@ def describe_source(source: Source, settings: Settings, jobs: Sequence[Job]) -> 
         "filter": settings.keep._asdict(),
         "val_share": settings.val_share,
         "seed": settings.seed,
-        "sun": {job.name: job.sun for job in jobs},
+        "sun": {job.name: job.sun[:2] for job in jobs},  # its source may be a path
         "channels": {job.name: job.channels for job in jobs},
         "versions": {"python": platform.python_version(), **versions},
     }
