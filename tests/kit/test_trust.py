@@ -119,7 +119,7 @@ def test_a_reference_is_met_by_its_own_weights_only(weights, other, capsys):
     assert "is of other weights" in capsys.readouterr().out
     other.with_name(release.REFERENCE).unlink()
     undecided = release.check_reference(other)
-    assert undecided.passed and undecided.doubtful and "make reference" in undecided.expected
+    assert undecided.passed and undecided.doubtful and "--write" in undecided.expected
 
 
 def test_the_check_of_ones_own_weights_does_not_speak_of_the_release(weights, other):

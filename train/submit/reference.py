@@ -28,7 +28,7 @@ WEIGHTS = Path(__file__).resolve().parents[2] / "weights" / "model.pth"  # the k
 REFERENCE, REFERENCE_MASK = "reference.json", "reference.png"  # beside weights
 SCENE = {"seed": 20, "size": 512}  # of the synthetic scene
 AGREEMENT = 0.999  # least share of pixels that are as in the reference
-REMEDY = "make it with `make reference`"
+REMEDY = "make it with `python -m train.submit.reference --write`"
 
 
 def reference_mask(weights: Path) -> np.ndarray:
