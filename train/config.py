@@ -32,7 +32,7 @@ class DataConfig:
     scheme: str = "stratified"  # fold scheme of the store's folds.json: "stratified" or "spatial"
     crop: int = 256  # side of a training crop in pixels, a multiple of 32
     batch_size: int = 4  # crops a step
-    steps_per_epoch: int = 200
+    steps_per_epoch: int = 200  # between two validations
     glacier_share: float = 0.6  # share of the crops that are drawn around a pixel of glacier of either kind
     # Share of crops into which a rectangle of a crop of another tile is pasted, labels alike: CutMix (Yun et
     # al. 2019, arXiv 1905.04899).
@@ -55,7 +55,7 @@ class AugmentConfig:
     offset: float = 0.0  # each band is shifted by up to this many of its standard deviations, to either side
     # One factor from [1 - illumination, 1 + illumination] for all reflective bands: sun height and haze.
     illumination: float = 0.0
-    # Reflective bands are cut off above a value from [saturate, no limit], physical units; 0: never. Low-gain
+    # Reflective bands are cut off at one reflectance a crop, drawn from [saturate, 1.6]; 0: never. Low-gain
     # Landsat-7 bands saturate at reflectances of 0.5 to 0.9 on snow.
     saturate: float = 0.0
 
@@ -65,6 +65,7 @@ class ModelConfig:
     """The network, as `solution.build_network` takes it."""
 
     name: str = "Unet"  # of segmentation_models_pytorch, or a module of train/networks/
+    # Arguments of that network, such as encoder_name and decoder_channels.
     args: dict[str, Any] = field(default_factory=lambda: {"encoder_name": "timm-tf_efficientnet_lite0"})
     # Momentum of BatchNorm's running statistics. The EfficientNet encoders come with 0.01, which needs more
     # steps than a short run has before its statistics mean anything. null: as the network defines it.
@@ -72,9 +73,8 @@ class ModelConfig:
     imagenet: bool = False  # start the encoder from ImageNet; see `train.pretrained` for which encoders can
     # Checkpoint of `make pretrain`: it gives the first weights, and the statistics that normalise the bands.
     pretrained: Optional[str] = None
-    freeze_epochs: int = (
-        0  # the encoder's weights and BatchNorm statistics stay as they are for so many epochs
-    )
+    # For so many epochs the encoder's weights and BatchNorm statistics stay as they are.
+    freeze_epochs: int = 0
 
 
 @dataclass
@@ -95,16 +95,16 @@ class LossConfig:
 class OptimConfig:
     """AdamW, its learning rate over time, and the averaging of weights."""
 
-    lr: float = 1e-3
+    lr: float = 1e-3  # highest learning rate
     encoder_lr_factor: float = 1.0  # the encoder learns at this many times `lr`
-    weight_decay: float = 1e-2
+    weight_decay: float = 1e-2  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: unlimited
     warmup_steps: int = 40  # the learning rate rises linearly over these steps
     # After the warm-up: "cosine" falls to 0 at the run's last step; "plateau" is multiplied by plateau_factor
     # after more than plateau_patience epochs without a better val_mcc.
     schedule: str = "cosine"
-    plateau_factor: float = 0.5
-    plateau_patience: int = 3
+    plateau_factor: float = 0.5  # see schedule
+    plateau_patience: int = 3  # epochs; see schedule
     ema_decay: float = 0.99  # of the moving average of the weights, reached by a ramp; 0: no averaging
 
 
@@ -112,12 +112,12 @@ class OptimConfig:
 class TrainConfig:
     """Length, seed and resources of a run."""
 
-    epochs: int = 4
+    epochs: int = 4  # of data.steps_per_epoch steps
     early_stop: int = 0  # stop after this many epochs without a better val_mcc; 0: never
     # Whose weights the fold keeps: "best", the epoch with the best val_mcc, or "last". Choosing by the tiles
     # that are held out flatters their score; a schedule that ends at 0 has no need to choose.
     keep: str = "last"
-    seed: int = 0
+    seed: int = 0  # of first weights, crops and dropout
     threads: int = 0  # CPU threads of PyTorch; 0: all cores that the process may use
 
 
@@ -165,9 +165,9 @@ class KindConfig:
     epochs: float = 3.0  # over the glacier pixels whose kind is known
     batch_size: int = 4096  # pixels
     lr: float = 3e-3  # highest learning rate of one cycle, AdamW
-    weight_decay: float = 1e-2
-    dropout: float = 0.5
-    seed: int = 0
+    weight_decay: float = 1e-2  # of AdamW
+    dropout: float = 0.5  # share of the hidden units that is dropped in training
+    seed: int = 0  # of first weights, pixels and dropout
 
 
 @dataclass
@@ -317,7 +317,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "augment.gain": (0, 1, "[)"),
     "augment.offset": (0, ANY, "[]"),
     "augment.illumination": (0, 1, "[)"),
-    "augment.saturate": (0, ANY, "[]"),
+    "augment.saturate": (0, 1.6, "[]"),
     "model.batchnorm_momentum": (0, 1, "(]"),
     "model.freeze_epochs": (0, ANY, "[]"),
     **{
