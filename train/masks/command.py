@@ -1,12 +1,13 @@
-"""The commands that use masks: preview and export."""
+"""The commands `preview`, `export` and `map`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from prep.text import plural
-from solution import InputError
+from solution import InputError, find_weights
 
 
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,3 +46,48 @@ def run_export(arguments: argparse.Namespace) -> int:
 
     print(format_areas(export_masks(arguments.masks, arguments.data, arguments.out)))
     return 0
+
+
+def add_map_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `map`."""
+    parser.add_argument(
+        "scenes", nargs="*", type=Path, help="folders or tars of Landsat 8/9 Level-2, or with Band1 ... Band5"
+    )
+    names = ("B2", "B3", "B4", "B6", "B10")
+    parser.add_argument(
+        "--bands", nargs=5, type=Path, metavar=names, help="any five rasters of Level-2 numbers on one grid"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the map; of several, one in it each"
+    )
+    parser.add_argument("--weights", type=Path, help="model.pth; default: where solution.py finds it")
+    parser.add_argument("--keep-clouds", action="store_true", help="classify what QA_PIXEL says is cloud")
+    parser.add_argument("--aoi", type=Path, help="area of interest: polygons in any format and system")
+    parser.add_argument(
+        "--min-area", type=float, default=0.01, metavar="KM2", help="smallest glacier; default: %(default)s"
+    )
+    parser.add_argument("--smooth", action="store_true", help="smooth the steps of pixels in the outlines")
+    parser.add_argument("--jobs", type=int, default=1, help="scenes at the same time; default: %(default)s")
+    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster for several scenes")
+
+
+def run_map(arguments: argparse.Namespace) -> int:
+    """Map scenes: classes, probabilities, glaciers as polygons with areas, and a page; a killed run goes on."""
+    from prep.hkh.prepare import Resources
+    from train.masks.maps import PAGE, Settings, map_scenes
+    from train.masks.scene import find_scenes, open_scene
+
+    scenes = [scene for source in arguments.scenes for scene in find_scenes(source)]
+    if arguments.bands:
+        scenes.append(open_scene(arguments.bands[0].stem, [str(path) for path in arguments.bands]))
+    if not scenes:
+        raise InputError("no scene; name a Landsat folder or tar, or five rasters after --bands")
+    chosen = (arguments.keep_clouds, arguments.aoi, arguments.min_area, arguments.smooth)
+    settings = Settings(find_weights(arguments.weights), *chosen)
+    faults = map_scenes(scenes, arguments.out, settings, Resources(arguments.jobs, arguments.dask))
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if len(faults) < len(scenes):
+        pages = arguments.out / PAGE if len(scenes) == 1 else arguments.out / "*" / PAGE
+        print(f"{plural(len(scenes) - len(faults), 'map')}: {pages}")
+    return 1 if faults else 0

@@ -50,6 +50,8 @@ def write_raster(
     height, width = layout.shape
     where = {"crs": place.crs, "transform": place.transform} if place else {}
     about = {"count": len(layout.bands), "dtype": "uint8", "nodata": layout.nodata, "compress": "deflate"}
+    if not layout.values:
+        about["photometric"] = "minisblack"  # or GDAL takes four bands for a colour picture with alpha
     with (
         warnings.catch_warnings(),
         rasterio.Env(GDAL_CACHEMAX=CACHE_MB),

@@ -80,13 +80,21 @@ def strip_edges(scene: Scene) -> list[int]:
     return [*([0] if whole else window_starts(scene.shape[0])), scene.shape[0]]
 
 
+def window_columns(scene: Scene) -> list[slice]:
+    """Return the columns of the windows in a row of windows."""
+    width = scene.shape[1]
+    if max(scene.shape) <= LARGEST_TILE:
+        return [slice(0, width)]
+    return [slice(left, left + WINDOW) for left in window_starts(width)]
+
+
 def predict_strips(
     model: Model,
     scene: Scene,
     keep_clouds: bool = True,
     asked: Optional[np.ndarray] = None,
     folder: Optional[Path] = None,
-    progress: Callable[[], object] = lambda: None,
+    progress: Callable[[int], object] = lambda windows: None,
 ) -> Iterator[Strip]:
     """Yield the strips of a scene from north to south.
 
@@ -99,7 +107,7 @@ def predict_strips(
         keep_clouds: whether pixels under cloud are classified.
         asked: (H, W) bool, the area of interest; None for the whole scene.
         folder: where finished strips are kept, and found by a run that goes on; None to keep none.
-        progress: called after each strip.
+        progress: called with a number of windows that are done.
     """
     edges = strip_edges(scene)
     rest = np.zeros((len(CLASS_NAMES), 0, scene.shape[1]), np.float32)
@@ -107,12 +115,12 @@ def predict_strips(
         kept = folder / f"{number:03d}.npz" if folder else None
         if kept and kept.is_file():
             strip = Strip.read(kept)
+            progress(len(window_columns(scene)))
         else:
-            strip = _predict(model, scene, (top, bottom), rest, keep_clouds, asked)
+            strip = _predict(model, scene, (top, bottom), rest, keep_clouds, asked, progress)
             if kept:
                 strip.write(kept)
         rest = strip.rest
-        progress()
         yield strip
 
 
@@ -123,21 +131,23 @@ def _predict(
     above: np.ndarray,
     keep_clouds: bool,
     asked: Optional[np.ndarray],
+    progress: Callable[[int], object],
 ) -> Strip:
     """Return a strip from its row of windows and the sums of the rows of windows above."""
-    (top, bottom), (height, width) = edges, scene.shape
+    (top, bottom), height = edges, scene.shape[0]
     whole = max(scene.shape) <= LARGEST_TILE
     image = read_rows(scene, top, height if whole else min(top + WINDOW, height), keep_clouds)
     wanted = np.ones(image.shape[:2], bool) if asked is None else asked[top : top + len(image)]
     sums = np.zeros((len(CLASS_NAMES), *image.shape[:2]), np.float32)
     sums[:, : above.shape[1]] = above
-    columns = [slice(0, width)] if whole else [slice(left, left + WINDOW) for left in window_starts(width)]
-    columns = [part for part in columns if wanted[:, part].any()]
+    columns = [part for part in window_columns(scene) if wanted[:, part].any()]
+    progress(len(window_columns(scene)) - len(columns))
     found = side_by_side(
         lambda part: predict_window(model, image[:, part]).probs, columns, most_workers(model)
     )
     for part, probs in zip(columns, found):
         sums[:, :, part] += probs if whole else probs * blend_weights(*probs.shape[1:])
+        progress(1)
     mine, step = bottom - top, picture_step(scene)
     valid = valid_mask(image[:mine]) & wanted[:mine]
     done = sums[:, :mine]
