@@ -32,6 +32,7 @@ figcaption,.note{font-size:.9rem;opacity:.8}
 th,td{border-bottom:1px solid var(--line);padding:.25rem .7rem;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 .files td,.files th{text-align:left;white-space:normal}
+@media(max-width:30rem){th,td{padding:.25rem .3rem;font-size:.82rem}}
 """
 LIMITS = (
     "The networks were trained on 18 tiles of one scene of the Zanskar-Lahaul Himalaya, under snow. In other "
