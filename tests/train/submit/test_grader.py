@@ -189,7 +189,9 @@ def test_a_sandbox_that_does_not_hold_is_noticed(any_files, case, tmp_path):
     candidate.settings["PYTHONPATH"] = str(tmp_path / "hook")
     result = check_sandbox(candidate, case, "here")
     assert not result.passed
-    assert "it could make an input writable; it could connect" in result.found
+    assert (
+        "it could write beside solution.py; it could make an input writable; it could connect" in result.found
+    )
 
 
 def test_nothing_runs_where_the_sandbox_does_not_hold(any_files, tmp_path):

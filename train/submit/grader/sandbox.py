@@ -24,7 +24,7 @@ for name, attempt in {
     "write beside solution.py": lambda: open("stray", "w").close(),
     "make an input writable": lambda: os.chmod(sys.argv[1], 0o644),
     "connect": lambda: socket.create_connection(("127.0.0.1", 9), 5),
-    "start a program": lambda: subprocess.run([sys.executable, "-V"]),
+    "start a program": lambda: subprocess.run([sys.executable, "-V"], capture_output=True),
 }.items():
     try:
         attempt()
