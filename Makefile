@@ -103,7 +103,7 @@ grader-check: setup ## the same in the grader's Python 3.9, read-only and offlin
 	$(PY) -m train grader-check --weights "$(WEIGHTS)" $(if $(IN),--data "$(IN)") $(if $(OPTIONAL),--optional)
 
 bench: setup ## how fast is solution.py, where does its time go, how much memory
-	$(PY) -m train bench --weights "$(WEIGHTS)"
+	$(PY) -m train bench --weights "$(WEIGHTS)" $(if $(IN),--data "$(IN)")
 
 submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an older one, FORCE=yes ships in spite of a warning
 	$(PY) -m train submission --weights "$(WEIGHTS)" $(if $(OVERWRITE),--overwrite) $(if $(FORCE),--force)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from prep.store import TileStore
+from solution import read_model_file
 from train.config import Config, load_config, members_of
 from train.run import ALL, KIND_FOLDER, parse_folds
 
@@ -114,6 +115,7 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
 def run_pack(arguments: argparse.Namespace) -> int:
     """Write model.pth and its card from a finished run."""
     from train.pack import pack
+    from train.submit.assemble import SOLUTION, assemble, write_solution
 
     if arguments.time_budget is not None:
         arguments.overrides.append(f"pack.time_budget={arguments.time_budget}")
@@ -124,4 +126,9 @@ def run_pack(arguments: argparse.Namespace) -> int:
     )
     card = pack(arguments.run, config, arguments.out, command)
     print(f"{arguments.out} and {card} written")
+    content = read_model_file(arguments.out)
+    if assemble(content) != SOLUTION.read_text(encoding="utf-8"):
+        beside = arguments.out.with_name("solution.py")
+        write_solution(content, beside)
+        print(f"{beside} written: this model needs it in the place of the kit's own (make submission takes it)")
     return 0
