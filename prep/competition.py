@@ -186,7 +186,7 @@ def make_mask(image: np.ndarray, label: LabelFile, phase: str) -> np.ndarray:
     mask = label_files.to_codes(label_files.read_label(label.path), phase)
     nodata = ~valid_mask(image)
     marked = int(np.count_nonzero(mask[nodata]))
-    if marked > LARGEST_MARKED_SHARE * max(1, np.count_nonzero(nodata)):
+    if marked > LARGEST_MARKED_SHARE * max(1, int(np.count_nonzero(nodata))):
         warn(f"{label.path} marks {marked:,} px without data, ignored here; does it belong to this tile?")
     units = implausible_units(image)
     if units:

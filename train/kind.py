@@ -7,6 +7,7 @@ network learns from are the tiles of the other folds, as for the extent.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
@@ -108,12 +109,11 @@ def as_kind_net(first: nn.Linear, last: nn.Linear, mean: Tensor, std: Tensor) ->
     net = KindNet(len(last.weight[0]))
     weight = first.weight / std  # (hidden, F)
     parts = weight.split([len(BANDS), *[KindNet.STATISTICS] * KindNet.LEVELS], dim=1)
-    for layer, part in zip([net.pixel, *net.around], parts):
-        layer.weight.copy_(part[:, :, None, None])
-        layer.bias.zero_()
-    net.pixel.bias.copy_(first.bias - weight @ mean)
-    net.last.weight.copy_(last.weight[:, :, None, None])
-    net.last.bias.copy_(last.bias)
+    state = {"last.weight": last.weight[:, :, None, None], "last.bias": last.bias}
+    for name, part in zip(["pixel", *(f"around.{level}" for level in range(KindNet.LEVELS))], parts):
+        state |= {f"{name}.weight": part[:, :, None, None], f"{name}.bias": torch.zeros(len(part))}
+    state["pixel.bias"] = first.bias - weight @ mean
+    net.load_state_dict(state)
     return net.eval()
 
 
@@ -157,7 +157,7 @@ def fit_kind(config: Config, folder: Path, folds: Sequence[Fold]) -> None:
             **whole,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda part, record=record: torch.save(record, part))
+        write_whole(path, partial(torch.save, record))
         print(
             f"kind, fold {fold}: {debris:,} pixels of debris and {len(pixels.debris) - debris:,} clean",
             flush=True,
