@@ -12,6 +12,8 @@ from prep.labels import IGNORE
 from solution import BANDS
 from train.config import AugmentConfig
 
+BRIGHTEST = 1.6  # reflectance of the largest stored number, which fresh snow reaches: no band saturates above it
+
 
 class Tile(NamedTuple):
     """One tile in memory.
@@ -123,10 +125,11 @@ def flip_and_turn(crop: Crop, config: AugmentConfig, rng: np.random.Generator) -
 def jitter(
     values: np.ndarray, normalization: dict, config: AugmentConfig, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return (..., 5) normalised values with gain, offset and illumination changed; NaN stays NaN.
+    """Return (..., 5) normalised values with gain, offset and illumination changed, then saturated; NaN stays NaN.
 
     Gains act on reflectance itself, as light does: a reflectance of 0 stays 0. Temperatures have no such
-    zero; their gain acts on the deviation from the training mean, and illumination leaves them alone.
+    zero; their gain acts on the deviation from the training mean, and illumination leaves them alone. Of what
+    comes out, reflective bands are cut off at one value drawn from [saturate, BRIGHTEST].
     """
     reflective = np.array([band.unit == "reflectance" for band in BANDS])
     mean, std = np.asarray(normalization["mean"]), np.asarray(normalization["std"])
@@ -135,7 +138,12 @@ def jitter(
     offset = rng.uniform(-config.offset, config.offset, len(BANDS))
     # ((x * std + mean) * gain - mean) / std for reflectance, x normalised
     offset += np.where(reflective, (gain - 1) * mean / std, 0.0)
-    return values * gain.astype(np.float32) + offset.astype(np.float32)
+    changed = values * gain.astype(np.float32) + offset.astype(np.float32)
+    if config.saturate > 0:
+        largest = rng.uniform(config.saturate, BRIGHTEST)
+        limits = np.where(reflective, (largest - mean) / std, np.inf)
+        changed = np.minimum(changed, limits.astype(np.float32))
+    return changed
 
 
 def paste_rectangle(crop: Crop, other: Crop, rng: np.random.Generator) -> Crop:

@@ -1,8 +1,8 @@
-"""The configuration: what is accepted, what is refused, and how the refusal reads."""
-
-from pathlib import Path
+"""The recipe: what is accepted, what is refused and how the refusal reads, bases, members."""
 
 import pytest
+from support import PROJECT
+from train_helpers import SMOKE
 
 from train.config import (
     Config,
@@ -12,80 +12,57 @@ from train.config import (
     differing_keys,
     from_dict,
     load_config,
+    members_of,
     save_config,
     to_dict,
 )
 
-CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
+RECIPE = PROJECT / "train" / "recipe.yaml"
+OF_OTHER_COMMANDS = ("ablations.yaml", "pixels.yaml")  # tables of changes, no recipes
+RECIPES = sorted(path for path in SMOKE.parent.glob("*.yaml") if path.name not in OF_OTHER_COMMANDS)
 
 
-OF_OTHER_COMMANDS = ("ablations.yaml", "pixels.yaml")
-CONFIG_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path.name not in OF_OTHER_COMMANDS)
+def write(path, text):
+    path.write_text(text)
+    return path
 
 
-@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
-def test_shipped_configs_load(path):
-    assert isinstance(load_config(path), Config)
+@pytest.mark.parametrize("path", [RECIPE, *RECIPES], ids=lambda path: path.name)
+def test_every_recipe_of_the_kit_loads(path):
+    assert all(isinstance(config, Config) for _, config in members_of(load_config(path)).values())
 
 
 def test_file_changes_defaults_and_override_changes_file(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("optim:\n  lr: 2e-3\n  weight_decay: 0.5\n")
-    config = load_config(path, ["optim.lr=3e-4", "data.class_shares=[1,1,1,0]", "train.epochs=7"])
-    assert config.optim.lr == 3e-4
-    assert config.optim.weight_decay == 0.5
-    assert config.data.class_shares == [1.0, 1.0, 1.0, 0.0]
-    assert config.train.epochs == 7
+    path = write(tmp_path / "run.yaml", "optim:\n  lr: 2e-3\n  weight_decay: 0.5\n")
+    config = load_config(
+        path, ["optim.lr=3e-4", "augment.scale=[1,2]", "train.epochs=7", "pack.time_budget=null"]
+    )
+    assert (config.optim.lr, config.optim.weight_decay, config.train.epochs) == (3e-4, 0.5, 7)
+    assert config.augment.scale == [1.0, 2.0] and config.pack.time_budget is None
     assert config.loss == Config().loss
 
 
-def test_network_arguments_are_free():
-    config = load_config(overrides=["model.args.decoder_attention_type=scse"])
-    assert config.model.args == {"encoder_name": "efficientnet-b0", "decoder_attention_type": "scse"}
-
-
-def test_unknown_key_in_file_is_named_with_file_and_allowed_keys(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("optim:\n  learning_rate: 1e-3\n")
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    message = str(caught.value)
-    assert "optim.learning_rate" in message
-    assert str(path) in message
-    assert "weight_decay" in message
-
-
-@pytest.mark.parametrize("override", ["optim.learning_rate=1", "optimiser.lr=1", "epochs=3"])
-def test_unknown_key_on_the_command_line_is_named(override):
-    with pytest.raises(ConfigError, match=f"unknown key '{override.split('=')[0].split('.')[0]}"):
-        load_config(overrides=[override])
+def test_a_path_with_a_number_sign_is_no_comment():
+    assert load_config(overrides=["data.store=run #2"]).data.store == "run #2"
+    assert load_config(overrides=["distil.teachers=[runs/a,runs/b]"]).distil.teachers == ["runs/a", "runs/b"]
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "message"),
     [
-        "train.epochs=ten",
-        "train.epochs=1.5",
-        "optim.lr=fast",
-        "augment.flip=maybe",
-        "data.class_shares=[a,1,1,1]",
+        ("optim.learning_rate=1", r"unknown key 'optim\.learning_rate'; 'optim' allows .*weight_decay"),
+        ("optimiser.lr=1", "unknown key 'optimiser"),
+        ("train.epochs=ten", r"train\.epochs"),
+        ("augment.flip=maybe", r"augment\.flip"),
+        ("optim=3", r"'optim' is a group.*optim\.lr"),
+        ("optim.lr", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("loss.focal=0", r"^loss\.focal is 0, expected one of"),
     ],
 )
-def test_wrong_type_names_the_key(override):
-    with pytest.raises(ConfigError, match=override.split("=")[0].replace(".", r"\.")):
-        load_config(overrides=[override])
-
-
-@pytest.mark.parametrize("override", ["optim=3", "optim=null", "optim=[1]"])
-def test_group_takes_no_value(override):
-    with pytest.raises(ConfigError, match=r"'optim' is a group.*optim\.lr"):
-        load_config(overrides=[override])
-
-
-@pytest.mark.parametrize("override", ["optim.lr", "=3", ""])
-def test_override_without_key_or_value(override):
-    with pytest.raises(ConfigError, match="expected key=value"):
-        load_config(overrides=[override])
+def test_a_wrong_setting_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=["loss.dice=0", override])
 
 
 @pytest.mark.parametrize(
@@ -93,106 +70,127 @@ def test_override_without_key_or_value(override):
     [
         "data.crop=100",
         "data.batch_size=1",
-        "data.class_shares=[1,1,1]",
-        "data.class_shares=[0,0,0,0]",
+        "data.mix=1.5",
         "augment.scale=[1.2,0.8]",
-        "augment.gain=1",
+        "augment.saturate=1.7",
         "optim.lr=nan",
         "optim.ema_decay=1",
-        "train.threads=-1",
-        "loss.class_weights=[1,2]",
-        "loss.mcc=-1",
-        "loss.lovasz=inf",
-        "loss.boundary_sigma=0",
-        "loss.border_smoothing=0.6",
-        "loss.border_sigma=0",
-        "loss.interface_weight=0.5",
-        "loss.boundary_ramp_epochs=-1",
-        "loss.tversky_alpha=0",
-        "data.mix=1.5",
-        "model.dropout=1",
-        "data.scaling=minmax",
         "optim.schedule=linear",
-        "optim.restart_epochs=0",
-        "optim.encoder_lr_factor=-1",
+        "train.keep=first",
+        "train.threads=-1",
+        "loss.lovasz=inf",
+        "kind.hidden=0",
+        "postprocess.min_hole=-1",
+        "pack.time_budget=0",
+        "trainer.devices=0",
+        "trainer.precision=64",
     ],
 )
-def test_senseless_value_names_key_value_and_expectation(override):
-    key = override.split("=")[0]
-    with pytest.raises(ConfigError, match=rf"^{key} is .*, expected "):
+def test_a_senseless_value_is_named_with_what_is_expected(override):
+    with pytest.raises(ConfigError, match=rf"^{override.split('=')[0]} is .*, expected "):
         load_config(overrides=[override])
 
 
-def test_all_loss_terms_off_is_refused():
-    with pytest.raises(ConfigError, match=r"loss\.focal"):
-        load_config(overrides=["loss.focal=0", "loss.dice=0"])
+def test_crops_are_shared_evenly_by_the_devices():
+    assert load_config(overrides=["trainer.devices=2", "data.batch_size=8"]).trainer.processes == 2
+    for devices in ("trainer.devices=3", "trainer.devices=8"):
+        with pytest.raises(ConfigError, match="^data.batch_size is 8"):
+            load_config(overrides=[devices, "data.batch_size=8"])
 
 
-@pytest.mark.parametrize("term", ["mcc", "boundary", "tversky", "lovasz"])
-def test_any_loss_term_will_do(term):
-    assert load_config(overrides=[f"loss.{term}=1", "loss.focal=0", "loss.dice=0"]).loss.focal == 0
+# --- Networks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # segmentation_models_pytorch would swallow these without a word
+        (
+            ["model.args.encoder=resnet34"],
+            r"model\.args\.encoder is no argument of Unet; expected .*encoder_name",
+        ),
+        (["model.args.decoder_atention_type=scse"], r"model\.args\.decoder_atention_type is no argument"),
+        (["model.args.classes=4"], r"model\.args\.classes is no argument"),
+        (["model.args.encoder_name=resnet35"], "encoder_name is 'resnet35', expected an encoder"),
+        (["model.name=UNet"], "model.name is 'UNet', expected Unet or a module of train/networks/"),
+        (["model.imagenet=true", "model.pretrained=a.pt"], "model.pretrained is 'a.pt', expected null where"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=overrides)
 
 
 def test_arguments_of_another_network_replace_those_before(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("model: {name: SEResUNet, args: {width: 8}}\n")
-    config = load_config(path)
+    config = load_config(write(tmp_path / "run.yaml", "model: {name: SEResUNet, args: {width: 8}}\n"))
     assert config.model.args == {"width": 8}
-    save_config(config, tmp_path / "saved.yaml")
-    assert load_config(tmp_path / "saved.yaml") == config
     other = change_config(config, {"model": {"name": "Unet", "args": {"encoder_depth": 4}}}, "test")
-    assert other.model.args == {"encoder_depth": 4}
     more = change_config(other, {"model": {"args": {"encoder_name": "resnet18"}}}, "test")
     assert more.model.args == {"encoder_depth": 4, "encoder_name": "resnet18"}
 
 
-def test_changed_settings_are_checked_and_described():
-    config = change_config(Config(), {"loss": {"mcc": 0.35}, "train": {"epochs": 3}}, "test")
-    assert describe_differences(config, Config()) == "loss.mcc=0.35, train.epochs=3"
-    with pytest.raises(ConfigError, match=r"trial mcc: unknown key 'loss\.mmc'.*mcc"):
-        change_config(Config(), {"loss": {"mmc": 1.0}}, "trial mcc")
-    with pytest.raises(ConfigError, match=r"^loss\.mcc is -1"):
-        change_config(Config(), {"loss": {"mcc": -1}}, "trial mcc")
+# --- Files --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "a: [\n", ""])
-def test_damaged_file_is_named(tmp_path, text):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    if text == "":
-        assert load_config(path) == Config()  # an empty file changes nothing
-        return
+def test_bases_are_read_first_and_members_replace_those_of_the_base(tmp_path):
+    write(tmp_path / "a.yaml", "optim: {lr: 1e-3}\ntrain: {epochs: 3}\nmembers: {one: {}, two: {views: 6}}\n")
+    write(tmp_path / "b.yaml", "base: a.yaml\noptim: {lr: 2e-3}\n")
+    (tmp_path / "c").mkdir()
+    config = load_config(write(tmp_path / "c" / "c.yaml", "base: ../b.yaml\nmembers: {three: {}}\n"))
+    assert (config.optim.lr, config.train.epochs, list(config.members)) == (2e-3, 3, ["three"])
+    write(tmp_path / "a.yaml", "base: b.yaml\n")
+    with pytest.raises(ConfigError, match="base leads in a circle"):
+        load_config(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [\n"])
+def test_a_damaged_file_is_named(tmp_path, text):
     with pytest.raises(ConfigError, match="run.yaml"):
-        load_config(path)
+        load_config(write(tmp_path / "run.yaml", text))
 
 
-def test_missing_file_lists_what_is_there(tmp_path):
-    (tmp_path / "unet.yaml").write_text("")
+def test_a_missing_file_lists_what_is_there(tmp_path):
+    write(tmp_path / "unet.yaml", "")
     with pytest.raises(ConfigError, match="does not exist.*unet.yaml"):
         load_config(tmp_path / "unett.yaml")
 
 
-def test_saved_config_is_the_same_config(tmp_path):
-    config = load_config(CONFIGS / "smoke.yaml", ["optim.lr=1.23456789e-5", "loss.class_weights=[1,2,3,4]"])
+def test_a_saved_recipe_is_the_same_recipe(tmp_path):
+    config = load_config(SMOKE, ["optim.lr=1.23456789e-5", "postprocess.crf={smooth_px: 3.0}"])
     save_config(config, tmp_path / "saved.yaml")
-    assert load_config(tmp_path / "saved.yaml") == config
-    assert from_dict(to_dict(config), "test") == config
+    assert load_config(tmp_path / "saved.yaml") == config == from_dict(to_dict(config), "test")
 
 
-def test_differing_keys_leaves_out_resources():
-    changed = load_config(
-        overrides=["optim.lr=1", "train.threads=1", "data.workers=3", "data.store=elsewhere"]
-    )
-    assert differing_keys(Config(), changed) == ["optim.lr"]
-    other_network = load_config(overrides=["model.args.encoder_depth=4"])
-    assert differing_keys(Config(), other_network) == ["model.args.encoder_depth"]
+def test_differences_leave_out_resources_and_are_checked():
+    resources = ["train.threads=1", "data.workers=3", "data.store=elsewhere", "trainer.accelerator=cpu"]
+    changed = load_config(overrides=["optim.lr=1", "trainer.devices=2", *resources])
+    assert differing_keys(Config(), changed) == ["optim.lr", "trainer.devices"]
+    assert describe_differences(load_config(overrides=["loss.dice=0.5"]), Config()) == "loss.dice=0.5"
+    with pytest.raises(ConfigError, match=r"trial: unknown key 'loss\.dyce'"):
+        change_config(Config(), {"loss": {"dyce": 1.0}}, "trial")
 
 
-def test_a_retired_setting_of_an_older_run_is_passed_over_where_it_does_nothing(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("data:\n  label_shift: [0, 0]\n  crop: 96\n")
-    assert load_config(path).data.crop == 96
-    assert from_dict({"data": {"label_shift": [0, 0]}}, "a run") == Config()
-    path.write_text("data:\n  label_shift: [0, -1]\n")
-    with pytest.raises(ConfigError, match="unknown key 'data.label_shift'"):
-        load_config(path)
+# --- Members ------------------------------------------------------------------------------------------------
+
+
+def test_members_differ_from_the_recipe_by_their_settings():
+    members = members_of(load_config(SMOKE))
+    (north, plain), (turned, mirrored) = members["north"], members["turned"]
+    assert differing_keys(plain, mirrored) == ["augment.flip", "augment.rot90"]
+    assert (north.ship, north.views, turned.ship, turned.views) == ("folds", 1, "all", 2)
+    assert plain.members == {} and list(members_of(Config())) == ["unet"]
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ({"views": 7}, r"members\.a\.views is 7, expected 1 to 6"),
+        ({"ship": "best"}, r"members\.a\.ship is 'best', expected folds or all"),
+        ({"weight": 0}, r"members\.a\.weight is 0.0, expected more than 0"),
+        ({"settings": {"optim": {"rate": 1}}}, r"members\.a\.settings: unknown key 'optim\.rate'"),
+        ({"settings": {"train": {"epochs": 0}}}, r"train\.epochs is 0"),
+    ],
+)
+def test_a_member_that_cannot_be_is_named(member, message):
+    with pytest.raises(ConfigError, match=message):
+        members_of(from_dict({"members": {"a": member}}, "test"))
