@@ -8,13 +8,9 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from prep.competition import PHASE_OPTIONS, PrepError, format_summary, prepare
-from prep.folds import FoldError
-from prep.stats import StatsError
-from prep.store import StoreError, refuse_existing
-from solution import CLASS_NAMES, InputError, usable_cores
-
-EXPECTED_ERRORS = (InputError, PrepError, StoreError, FoldError, StatsError)
+from prep.competition import PHASE_OPTIONS, format_summary, prepare
+from prep.store import refuse_existing
+from solution import CLASS_NAMES, KitError, usable_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         options.command(options)
-    except EXPECTED_ERRORS as error:
+    except KitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # no permission, or a full disk

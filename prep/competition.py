@@ -6,15 +6,19 @@ import hashlib
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import cv2
 import numpy as np
+import rasterio
 import tifffile
+from rasterio.errors import NotGeoreferencedWarning
+from shapely import Polygon
 from tqdm import tqdm
 
-from prep import folds, label_files, stats, store
+from prep import folds, ground, label_files, stats, store
 from prep.files import sha256
 from prep.label_files import LabelFile, Labels
 from prep.labels import IGNORE, count_codes
@@ -86,6 +90,7 @@ def prepare(
     with store.create(out) as writer:
         rows, statistics = _write_tiles(writer, labelled, labels)
         divided = folds.make_folds(rows, seed)
+        ground.write_ground(writer.folder, outlines_of(labelled))
         writer.write_index(rows, statistics, divided, _provenance(Path(data), seed, rows, source))
     return Summary(Path(out), rows, statistics, divided)
 
@@ -168,6 +173,19 @@ def _write_tiles(
     if problems:
         raise PrepError(problems)
     return rows, stats.describe(accumulator.result())
+
+
+def outlines_of(tiles: Sequence[TileFiles]) -> dict[str, Polygon]:
+    """Return the ground of each tile whose first band says where it lies, longitude and latitude."""
+    found = {}
+    for tile in tiles:
+        assert tile.paths[0] is not None, "tiles without a first band are no longer here"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(tile.paths[0]) as file:
+                if file.crs:
+                    found[tile.tile_id] = ground.outline(file.crs, file.transform, file.height, file.width)
+    return found
 
 
 def make_mask(image: np.ndarray, label: LabelFile, phase: str) -> np.ndarray:
