@@ -10,7 +10,7 @@ from typing import Sequence
 
 from prep.competition import PHASE_OPTIONS, format_summary, prepare
 from prep.store import refuse_existing
-from solution import CLASS_NAMES, KitError, usable_cores
+from solution import CLASS_NAMES, InputError, KitError, usable_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
