@@ -17,6 +17,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
 from solution import InputError
 
+CACHE = 2**27  # bytes that GDAL may hold of blocks; its own choice is a twentieth of the memory
 BLOCK = 256  # px, side of the blocks whose pixels count as equally large
 PARTS = 16  # an edge longer than this part of an outline's extent is divided: edges are no geodesics
 

@@ -15,10 +15,9 @@ import rasterio.shutil
 from rasterio.errors import NotGeoreferencedWarning
 
 from prep.files import write_text
-from train.masks.georeference import Georeference
+from train.masks.georeference import CACHE, Georeference
 from train.masks.pictures import CODE_COLOURS
 
-CACHE_MB = 128  # that GDAL may hold of blocks; its own choice is a twentieth of the memory
 Colour = tuple[int, int, int, int]
 
 
@@ -54,7 +53,7 @@ def write_raster(
         about["photometric"] = "minisblack"  # or GDAL takes four bands for a colour picture with alpha
     with (
         warnings.catch_warnings(),
-        rasterio.Env(GDAL_CACHEMAX=CACHE_MB),
+        rasterio.Env(GDAL_CACHEMAX=CACHE),
         tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder,
     ):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)

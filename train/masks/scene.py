@@ -26,7 +26,7 @@ from solution import (
     to_physical,
     warn,
 )
-from train.masks.georeference import Georeference, georeference_of, open_raster
+from train.masks.georeference import CACHE, Georeference, georeference_of, open_raster
 
 # Sensor and satellite, level, path and row, dates, collection and tier, as USGS names products and files.
 PRODUCT = re.compile(
@@ -214,7 +214,7 @@ def read_rows(scene: Scene, top: int, bottom: int, keep_clouds: bool = True) -> 
 
 
 def _read(path: str, window: Optional[Window], shape: Optional[tuple[int, int]] = None) -> np.ma.MaskedArray:
-    with open_raster(path) as raster:
+    with rasterio.Env(GDAL_CACHEMAX=CACHE), open_raster(path) as raster:
         try:
             return raster.read(1, window=window, out_shape=shape, masked=True)
         except rasterio.errors.RasterioIOError as error:
@@ -242,23 +242,10 @@ def check_units(scene: Scene) -> None:
         np.stack([to_physical(sample[..., i], band) for i, band in enumerate(BANDS)], -1)
     )
     empty = [path for index, path in enumerate(scene.bands) if np.isnan(sample[..., index]).all()]
-    bright = [np.nanmax(sample[..., index]) for index in range(4) if not np.isnan(sample[..., index]).all()]
     if empty:
         raise InputError(f"{empty[0]}: no value in it; give a band with measurements")
     if doubt:
-        raise InputError(f"{scene.bands[-1]}: {doubt}")
-    if max(bright) < 2000:
-        looks = (
-            "reflectance from 0 to 1"
-            if max(bright) < 3
-            else "8-bit numbers"
-            if max(bright) < 256
-            else "other units"
-        )
-        raise InputError(
-            f"{scene.bands[0]}: the largest value is {max(bright):g}, which looks like {looks}; expected "
-            "Level-2 numbers, reflectance = 0.0000275 * number - 0.2; convert the four bands (gdal_calc)"
-        )
+        raise InputError(f"{scene.bands[-1]} and the bands beside it: {doubt}")
 
 
 def saturated(image: np.ndarray) -> int:
