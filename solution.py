@@ -1,4 +1,4 @@
-"""Required packages: torch, torchvision, segmentation_models_pytorch, numpy, tifffile, opencv-python, tqdm
+"""Required packages: torch, torchvision, segmentation_models_pytorch, numpy, tifffile, opencv-python
 
 GlacierHack 2025: Landsat-8 tiles in, glacier masks out. Optional package: pydensecrf (dense CRF).
 
@@ -34,7 +34,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import (
     Any,
@@ -61,7 +61,6 @@ import tifffile
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from tqdm import tqdm
 
 try:  # not among the grader's packages
     import pydensecrf.densecrf as densecrf
@@ -593,28 +592,38 @@ def to_mask(classes: np.ndarray) -> np.ndarray:
 # ==================================================================================================
 # Part 2: the service
 # ==================================================================================================
-# --- Files: finding and reading -------------------------------------------------------------------
 
-DEFAULT_SHAPE = (512, 512)  # of the mask for a tile of which no band can be read
+
+def say(message: str) -> None:
+    """Write a line on standard error, which may be closed, a logger or left by its reader: no message costs a
+    mask."""
+    for form in (message, message.encode("ascii", "backslashreplace").decode()):
+        try:
+            print(form, file=sys.stderr or StringIO(), flush=True)
+            return
+        except UnicodeError:  # an ASCII console
+            continue
+        except Exception:  # whatever stands in for standard error may raise anything
+            return
+
+
+def warn(message: str) -> None:
+    """Say `message` as a warning."""
+    say(f"warning: {message}")
+
+
+warn_once = lru_cache(maxsize=None)(warn)  # however often it is asked for
+
+# --- Finding tiles --------------------------------------------------------------------------------
+
 TIFF_SUFFIXES = (".tif", ".tiff")
-MOST_PIXELS = 100_000_000  # of a raster, more than a whole Landsat scene; a small file can declare far more
-UNPACKERS: dict[int, Callable[[], Any]] = {  # by compression
-    8: zlib.decompressobj,
-    32946: zlib.decompressobj,
-    34925: lzma.LZMADecompressor,
-}
-HARMLESS_BYTES = 2**16  # of a packed strip or tile, which unpacks to no more than about a thousand times that
-LARGEST_VALUE = 1e6  # stored values are below 65536; what is far above, or below 0, is some fill value
-GDAL_NODATA_TAG = 42113
-# Fill values in use for signed rasters. In an int16 file that was cast from uint16 they may also be the
-# measurements 55537 and 32768, which are then lost: single pixels, against whole areas of fill.
-SIGNED_FILL_VALUES = (-9999, -32768)
-PLAUSIBLE_KELVIN = (180.0, 360.0)  # surface temperatures on Earth, with a margin
 EXPECTED_LAYOUT = (
     "expected a folder with Band1, Band2, Band3, Band4 and Band5 in it, each with one TIFF a tile that "
     "shares its tile id with the other bands (img001.tif everywhere, or B2_B2_masked_02_07.tif in Band1 and "
     "B10_B10_masked_02_07.tif in Band5)"
 )
+RENAMING = ", ".join(f"{band.landsat} ({band.name}) is {band.folder}" for band in BANDS)
+USGS_NAME = re.compile(r"_B\d+\.tiff?$", re.IGNORECASE)  # LC08_L2SP_147037_20200814_20210330_02_T1_SR_B2.TIF
 
 PathLike = Union[str, Path]
 DataSource = Union[str, Path, Mapping[str, PathLike]]
@@ -630,114 +639,160 @@ class TileFiles(NamedTuple):
     paths: tuple[Optional[Path], ...]
 
 
-def tile_id(filename: str) -> str:
-    """Return the id that a tile's files share: "001" for img001.tif, "02_07" for B10_B10_masked_02_07.tif.
+def common_stem(filename: str) -> str:
+    """Return what the files of a tile have in common: the stem without leading band names."""
+    stem = re.sub(r"^(?:(?:B|Band)\d+_)+", "", Path(filename).stem, flags=re.IGNORECASE)
+    return stem.lower() if re.fullmatch(r"img\d+", stem, re.IGNORECASE) else stem
 
-    These two are what the platform derives itself. For any other name the id is the stem without leading band
-    names.
-    """
-    stem = Path(filename).stem
-    numbered = re.search(r"img(\d+)$", stem, re.IGNORECASE)
-    if numbered:
-        return numbered.group(1)
-    gridded = re.search(r"(\d\d_\d\d)$", stem)
-    if gridded:
-        return gridded.group(1)
-    return re.sub(r"^(?:(?:B|Band)\d+_)+", "", stem, flags=re.IGNORECASE)
+
+def tile_id(filename: str) -> str:
+    """Return a tile's id by a file's name: "001" of img001.tif, "02_07" of B10_B10_masked_02_07.tif, as the
+    platform derives it; of any other name the stem without leading band names."""
+    known = re.search(r"img(\d+)$|(\d\d_\d\d)$", Path(filename).stem, re.IGNORECASE)
+    return known.group(1) or known.group(2) if known else common_stem(filename)
 
 
 def band_number(name: str) -> Optional[int]:
     """Return 1 to 5 for a name of a band ("Band4", "band_4", or Landsat's "B6"), else None."""
-    numbered = re.fullmatch(r"band[ _-]?(\d+)", name, re.IGNORECASE)
-    if numbered and 1 <= int(numbered.group(1)) <= len(BANDS):
+    numbered = re.fullmatch(r"band[ _-]?([1-5])", name, re.IGNORECASE)
+    landsat = [band.landsat for band in BANDS]
+    if numbered:
         return int(numbered.group(1))
-    landsat_names = [band.landsat for band in BANDS]
-    return landsat_names.index(name.upper()) + 1 if name.upper() in landsat_names else None
+    return landsat.index(name.upper()) + 1 if name.upper() in landsat else None
 
 
 def band_folders(data: DataSource) -> dict[int, Path]:
     """Return {band number: folder} for a data folder or a mapping of band names to folders.
 
     Raises:
-        InputError: the folder does not exist or holds no band folder.
+        InputError: the folder does not exist, holds no band folder, or numbers them as Landsat does.
     """
     try:
-        named = named_folders(data)
+        if isinstance(data, Mapping):
+            where, entries = "the mapping given", {str(name): Path(path) for name, path in data.items()}
+        elif os.path.isdir(data):
+            where, entries = str(data), {path.name: path for path in sorted(Path(data).iterdir())}
+        else:
+            raise InputError(f"{data}: no such folder; {EXPECTED_LAYOUT}")
+        named = [name for name, path in entries.items() if isinstance(data, Mapping) or os.path.isdir(path)]
     except (OSError, TypeError) as error:
         raise InputError(f"{data}: cannot be looked into ({error}); {EXPECTED_LAYOUT}") from error
+    foreign = [name for name in named if re.fullmatch(r"band[ _-]?([6-9]|1[01])", name, re.IGNORECASE)]
+    if foreign:
+        raise InputError(
+            f"{where}: {', '.join(foreign)} look like Landsat's own numbers; here {RENAMING}: rename these five "
+            "folders, and move the others away"
+        )
     folders: dict[int, Path] = {}
-    for name, folder in named.items():
-        number = band_number(name)
+    for name in named:
+        number, folder = band_number(name), entries[name]
         if number and folders.setdefault(number, folder) != folder:
             warn(f"{folder}: not used, {folders[number]} is that band too; remove one of the two")
     if not folders:
-        where = "the mapping given" if isinstance(data, Mapping) else str(data)
-        found = ", ".join(sorted(named)[:10]) or "nothing"
-        raise InputError(f"{where}: no band folders, found {found}; {EXPECTED_LAYOUT}")
+        usgs = "; its files look like a scene from USGS" if any(map(USGS_NAME.search, entries)) else ""
+        found = ", ".join(named[:10]) or "nothing"
+        raise InputError(f"{where}: no band folders, found {found}{usgs}; {EXPECTED_LAYOUT}; {RENAMING}")
     return folders
 
 
-def named_folders(data: DataSource) -> dict[str, Path]:
-    """Return {name: folder} for the entries of a mapping, or for the folders in a data folder."""
-    if isinstance(data, Mapping):
-        return {str(name): Path(folder) for name, folder in data.items()}
-    if not os.path.isdir(data):
-        raise InputError(f"{data}: no such folder; {EXPECTED_LAYOUT}")
-    return {entry.name: entry for entry in sorted(Path(data).iterdir()) if os.path.isdir(entry)}
-
-
-def list_band(folder: Path) -> dict[str, Path]:
-    """Return {tile id: file} for the TIFFs of one band folder; one that cannot be looked into has none."""
+def list_band(folder: Optional[Path]) -> dict[str, Path]:
+    """Return {key: file} for the TIFFs of a folder, none where it cannot be looked into. The key is what the
+    bands' names have in common, and the suffix where two files would share it (img001.tif, img001.tiff)."""
+    files: dict[str, Path] = {}
     try:
-        entries = sorted(folder.iterdir()) if os.path.isdir(folder) else []
+        entries = sorted(folder.iterdir()) if folder and os.path.isdir(folder) else []
     except OSError as error:
         warn(f"{folder}: cannot be looked into ({error.strerror}); make it readable")
-        entries = []
-    files: dict[str, Path] = {}
+        return files
     for path in entries:
-        if path.suffix.lower() not in TIFF_SUFFIXES or path.name.startswith("."):
-            continue
-        first = files.setdefault(tile_id(path.name), path)
-        if first != path:
-            warn(f"{path}: has the tile id of {first.name}, which is used; rename or remove one of the two")
+        if path.suffix.lower() in TIFF_SUFFIXES and not path.name.startswith("."):
+            key = common_stem(path.name)
+            files[next(longer for longer in (key, key + path.suffix, path.name) if longer not in files)] = (
+                path
+            )
     return files
 
 
 def find_tiles(data: DataSource) -> list[TileFiles]:
     """Return the tiles of all band folders, sorted by tile id; a tile that lacks some band is listed too.
 
+    Files belong together where their names differ in leading band names only. Where tiles would share an id,
+    as 2019_08_14 and 2020_08_14 would, each one's id is what its bands' names have in common.
+
     Raises:
         InputError: there are no band folders or no tiles in them.
     """
     folders = band_folders(data)
-    bands = [list_band(folders[number]) if number in folders else {} for number in range(1, len(BANDS) + 1)]
-    tiles = []
-    for identifier in sorted(set().union(*bands)):
-        paths = tuple(band.get(identifier) for band in bands)
-        reference = next(path for path in paths if path is not None)
-        tiles.append(TileFiles(identifier, reference.name, paths))
-    if not tiles:
+    bands = [list_band(folders.get(number)) for number in range(1, len(BANDS) + 1)]
+    names = {key: path.name for band in reversed(bands) for key, path in band.items()}  # Band1's outdo others
+    owners = Counter(map(tile_id, names.values()))
+    if not names:
         looked = ", ".join(str(folder) for folder in folders.values())
         raise InputError(f"no TIFF in {looked}; {EXPECTED_LAYOUT}")
-    return tiles
+    return sorted(
+        TileFiles(key if owners[tile_id(name)] > 1 else tile_id(name), name, tuple(b.get(key) for b in bands))
+        for key, name in names.items()
+    )
 
 
-def decode_tiff(path: Path) -> tuple[np.ndarray, Optional[float]]:
-    """Return a TIFF's first page and its declared nodata value.
+# --- Reading rasters ------------------------------------------------------------------------------
+
+DEFAULT_SHAPE = (512, 512)  # of the mask for a tile of which no band can be read
+MOST_PIXELS = 100_000_000  # of a raster, more than a whole Landsat scene; a small file can declare far more
+UNPACKERS: dict[int, Callable[[], Any]] = {  # by compression
+    8: zlib.decompressobj,
+    32946: zlib.decompressobj,
+    34925: lzma.LZMADecompressor,
+}
+HARMLESS_BYTES = 2**16  # of a packed strip or tile, which unpacks to no more than about a thousand times that
+LARGEST_VALUE = 1e6  # stored values are below 65536; what is far above, or below 0, is some fill value
+GDAL_NODATA_TAG = 42113
+# Fill values in use for signed rasters. In an int16 file that was cast from uint16 they may also be the
+# measurements 55537 and 32768, which are then lost: single pixels, against whole areas of fill.
+SIGNED_FILL_VALUES = (-9999, -32768)
+MASK_PAGE = 4  # bit of a page's SubfileType
+PLACE_TOLERANCE = 0.25  # px by which the files of a tile may lie apart
+
+
+class Place(NamedTuple):
+    """EPSG code, and (a, b, c, d, e, f) of x = a col + b row + c, y = d col + e row + f."""
+
+    epsg: Optional[int]
+    affine: tuple[float, ...]
+
+
+class Raster(NamedTuple):
+    """A TIFF's first page, its declared nodata value, its GDAL masks (0: no data), and where it lies."""
+
+    pixels: np.ndarray
+    nodata: Optional[float]
+    masks: list[np.ndarray]
+    place: Optional[Place]
+
+
+def decode_tiff(path: Path) -> Raster:
+    """Return a TIFF's first page and what the file says about it.
 
     Raises:
         TileError: the file cannot be read as a TIFF, or is too large.
     """
     size = os.path.getsize(path) if os.path.isfile(path) else "no"
+    beside = path.with_name(path.name + ".msk")
     try:
         if size == "no":  # a pipe or a device would be read for ever
             raise ValueError("no file that can be reached")
         with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages[0]
-            assert isinstance(page, tifffile.TiffPage)  # as the first one always is
-            refuse_bomb(page, path)
-            tag = page.tags.get(GDAL_NODATA_TAG)
-            return decode_page(page, path), parse_nodata(tag)
+            pages = [cast(tifffile.TiffPage, page) for page in tiff.pages]
+            pixels, tag = decode_page(pages[0], path), pages[0].tags.get(GDAL_NODATA_TAG)
+            same = [page for page in pages[1:] if page.shape[:2] == pages[0].shape[:2]]
+            masks = [decode_page(page, path) for page in same if page.subfiletype & MASK_PAGE]
+            place = place_of(pages[0])
+        if path.suffix != ".msk" and os.path.isfile(beside):
+            masks.append(decode_tiff(beside).pixels)
+        try:
+            return Raster(pixels, float(str(tag.value).strip("\x00 ")) if tag else None, masks, place)
+        except ValueError:  # a nodata value that is no number
+            return Raster(pixels, None, masks, place)
     except TileError:
         raise
     except Exception as error:  # a damaged TIFF may raise almost anything from within its decoder
@@ -749,108 +804,276 @@ def decode_tiff(path: Path) -> tuple[np.ndarray, Optional[float]]:
 
 def refuse_bomb(page: tifffile.TiffPage, path: Path) -> None:
     """Raise TileError for a page that would take far more memory than its file leads one to expect."""
-    height, width = page.imagelength, page.imagewidth
+    size = f"{page.imagewidth} x {page.imagelength} px"
     if max(math.prod(page.shape), page.tilewidth * page.tilelength) > MOST_PIXELS:
         raise TileError(
-            f"{path}: declares {width} x {height} px, expected {MOST_PIXELS:,} px or fewer; cut it into "
-            "tiles or, if it is no scene of that size, copy or export the file again"
+            f"{path}: declares {size}, expected {MOST_PIXELS:,} px or fewer; cut it into tiles or, if it is no "
+            "scene of that size, copy or export the file again"
         )
     unpacker = UNPACKERS.get(int(page.compression))
-    if unpacker is None:
-        return
     most = 2 * page.nbytes + 2**24  # bytes; the last strip or tile may reach beyond the image
     for offset, count in zip(page.dataoffsets, page.databytecounts):
-        if count > HARMLESS_BYTES:
+        if unpacker and count > HARMLESS_BYTES:
             page.parent.filehandle.seek(offset)
             if len(unpacker().decompress(page.parent.filehandle.read(count), most + 1)) > most:
-                raise TileError(
-                    f"{path}: unpacks to more than its {width} x {height} px; copy or export the file again"
-                )
+                raise TileError(f"{path}: unpacks to more than its {size}; copy or export the file again")
 
 
 def decode_page(page: tifffile.TiffPage, path: Path) -> np.ndarray:
-    """Return a page's pixels, by OpenCV where tifffile lacks the codec (LZW without imagecodecs, for one)."""
+    """Return a page's pixels, by OpenCV where tifffile lacks the codec (LZW without imagecodecs, for one).
+
+    OpenCV drops a second sample and widens 12 bits without a word: what it returns is compared.
+    """
+    refuse_bomb(page, path)
     try:
         return page.asarray()
     except ValueError:
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if page.index == 0 else None
         if pixels is None:
             raise
-        return pixels
+    dtype = np.dtype(page.dtype)
+    found = (pixels.shape, 8 * pixels.dtype.itemsize, pixels.dtype.kind == "f")
+    expected = (page.shape, page.bitspersample, dtype.kind == "f")
+    if found != expected or pixels.dtype.itemsize != dtype.itemsize:
+        raise TileError(
+            f"{path}: found shape {found[0]} of {found[1]} bits, expected {expected[0]} of "
+            f"{expected[1]} as its header says; "
+            "export the file again with one band of 8, 16 or 32 bits, uncompressed or deflated"
+        )
+    return pixels.view(dtype.newbyteorder("="))  # int16 comes as uint16
 
 
-def parse_nodata(tag: Optional[tifffile.TiffTag]) -> Optional[float]:
-    """Return the value of a GDAL_NODATA tag, None where it is absent or no number."""
+def place_of(page: tifffile.TiffPage) -> Optional[Place]:
+    """Return the place that a page's GeoTIFF tags name (OGC 19-008r4), None where they name none."""
     try:
-        return float(str(tag.value).strip("\x00 ")) if tag else None
-    except ValueError:
+        codes = (33550, 33922, 34264, 34735)
+        tags: list[Any] = [page.tags[code].value if code in page.tags else () for code in codes]
+        scale, tie, matrix, keys = tags
+        if matrix:
+            a, b, c, d, e, f = (float(matrix[index]) for index in (0, 1, 3, 4, 5, 7))
+        else:
+            a, b, d, e = float(scale[0]), 0.0, 0.0, -float(scale[1])
+            c, f = float(tie[3]) - a * tie[0], float(tie[4]) - e * tie[1]
+        values = dict(zip(keys[4::4], keys[7::4]))
+        if values.get(1025) == 2:  # coordinates are those of the pixels' centres
+            c, f = c - (a + b) / 2, f - (d + e) / 2
+        sound = math.isfinite(c + f) and a * e - b * d != 0
+        return Place(values.get(3072, values.get(2048)), (a, b, c, d, e, f)) if sound else None
+    except (IndexError, TypeError, ValueError):  # tags that are absent or make no sense name no place
         return None
 
 
+def apart(one: Place, other: Place, shape: tuple[int, ...]) -> bool:
+    """Return whether two rasters of a size (H, W) lie at different places."""
+    difference = np.subtract(one.affine, other.affine).reshape(2, 3)  # (x, y) of (column, row, 1)
+    corners = np.array([[0, shape[1], 0, shape[1]], [0, 0, shape[0], shape[0]], [1, 1, 1, 1]])
+    pixel = max(abs(step) for step in (*one.affine[:2], *one.affine[3:5]))
+    far = bool(np.abs(difference @ corners).max() > PLACE_TOLERANCE * pixel)
+    return far or len({one.epsg, other.epsg} - {None}) > 1
+
+
+class Turn(NamedTuple):
+    """What brings a raster's north above: rows and columns swapped, then mirrored."""
+
+    transpose: bool = False
+    up_down: bool = False
+    left_right: bool = False
+
+    def upright(self, image: np.ndarray) -> np.ndarray:
+        """Return a view of an image (H, W, ...) with north above."""
+        image = image.swapaxes(0, 1) if self.transpose else image
+        return image[:: -1 if self.up_down else 1, :: -1 if self.left_right else 1]
+
+    def back(self, mask: np.ndarray) -> np.ndarray:
+        """Return an upright mask as the raster lies in its file."""
+        mask = mask[:: -1 if self.up_down else 1, :: -1 if self.left_right else 1]
+        return np.ascontiguousarray(mask.T if self.transpose else mask)
+
+
+def turn_of(place: Optional[Place], source: str) -> Turn:
+    """Return how a raster is turned upright. Raises TileError where no quarter turns and mirrors do that."""
+    if place is None or place.epsg is None:
+        return Turn()
+    a, b, _, d, e, _ = place.affine
+    transpose = abs(b) > abs(a)
+    if transpose:
+        a, b, d, e = b, a, e, d
+    if max(abs(b), abs(d)) > 0.01 * min(abs(a), abs(e)):
+        raise TileError(
+            f"{source}: is rotated, expected north above; export it on a north-up grid (gdalwarp)"
+        )
+    return Turn(transpose, e > 0, a < 0)
+
+
+def read_band(path: PathLike) -> tuple[np.ndarray, Optional[Place]]:
+    """Return what `read_raster` does, and where the raster lies."""
+    path = Path(path)
+    pixels, declared, masks, place = decode_tiff(path)
+    if pixels.ndim == 3 and 1 in (pixels.shape[0], pixels.shape[2]):
+        pixels = pixels[0] if pixels.shape[0] == 1 else pixels[..., 0]
+    if pixels.ndim != 2 or pixels.size == 0 or pixels.dtype.kind not in "uif":
+        raise TileError(
+            f"{path}: found an array of shape {pixels.shape} and type {pixels.dtype}, expected one band "
+            "(H, W) of integers or floats; split the bands into their own files"
+        )
+    wrapped = pixels.dtype.kind == "i" and pixels.dtype.itemsize == 2
+    nodata = (pixels == 0) | ~np.isfinite(pixels)
+    nodata |= np.isin(pixels, SIGNED_FILL_VALUES) if wrapped else pixels < 0
+    if pixels.dtype.itemsize >= 4:
+        nodata |= pixels > LARGEST_VALUE
+    if declared is not None:
+        nodata |= pixels == declared
+    for mask in masks:
+        nodata |= mask.reshape(nodata.shape) == 0
+    values = (pixels.astype(np.int16).view(np.uint16) if wrapped else pixels).astype(np.float32)
+    values[nodata] = np.nan
+    return values, place
+
+
 def read_raster(path: PathLike) -> np.ndarray:
-    """Return one band as stored, (H, W) float32, NaN where nodata: 0, the declared nodata value, NaN,
-    infinities and other numbers too large for a measurement.
+    """Return one band as stored, (H, W) float32, NaN where nodata: 0, below 0, the declared nodata value, what
+    GDAL's masks leave out, NaN, infinities and other numbers too large for a measurement.
 
     Landsat values are unsigned: negative int16 values are those above 32767 of a file that was cast to int16.
 
     Raises:
         TileError: no readable TIFF, not one band, or not a number type.
     """
-    path = Path(path)
-    pixels, declared = decode_tiff(path)
-    if pixels.ndim == 3 and pixels.shape[0] == 1:
-        pixels = pixels[0]
-    elif pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if pixels.ndim != 2 or pixels.size == 0 or pixels.dtype.kind not in "uif":
-        raise TileError(
-            f"{path}: found an array of shape {pixels.shape} and type {pixels.dtype}, expected one band "
-            "(H, W) of integers or floats; split the bands into their own files"
+    return read_band(path)[0]
+
+
+# --- Units ----------------------------------------------------------------------------------------
+
+
+class Scaling(NamedTuple):
+    """What stored values from `least` to `most` may be, if no Level-2 numbers; times `scale` they are
+    reflectance or kelvin, None where that cannot be told."""
+
+    name: str
+    least: float
+    most: float
+    scale: Optional[float]
+
+
+LEVEL_2_DARK = 5000  # the darkest band's median: Level-2 numbers are above 7273 where reflectance is above 0
+LEVEL_2_KELVIN = (210.0, 345.0)  # medians of a land surface; Level-1 numbers of 253 K read as 191 K
+REFLECTIVE = (  # by the value below which 98 % of the brightest of bands 1 to 4 are
+    Scaling("reflectance", 0, 2.5, 1.0),
+    Scaling("8-bit numbers", 2.5, 255, None),
+    Scaling("reflectance x 10000", 255, 20_000, 1e-4),
+    Scaling("no numbers of Landsat", 20_000, math.inf, None),
+)
+THERMAL = (  # by the median
+    Scaling("degrees Celsius", 0, 60, None),
+    Scaling("kelvin", 180, 345, 1.0),
+    Scaling("Level-1 numbers", 5000, 17_900, None),
+    Scaling("no temperature", 0, math.inf, None),
+)
+FORCED = {"reflectance": REFLECTIVE[0], "x10000": REFLECTIVE[2]}
+Judged = tuple[Optional[Scaling], Optional[Scaling]]
+
+
+def judge_units(stored: np.ndarray) -> Judged:
+    """Return what bands 1 to 4 and the thermal band of a tile (H, W, 5) as stored look like; None for Level-2
+    numbers, or where there is no value to judge by."""
+    step = max(1, max(stored.shape[:2]) // 512)
+    *seen, heat = (band[~np.isnan(band)] for band in np.moveaxis(stored[::step, ::step], -1, 0))
+    seen, reflective, thermal = [band for band in seen if band.size], None, None
+    if seen and min(np.median(band) for band in seen) < LEVEL_2_DARK:
+        bright = max(np.percentile(band, 98) for band in seen)
+        reflective = next(one for one in REFLECTIVE if bright <= one.most)
+    kelvin = np.median(heat) * BANDS[-1].scale + BANDS[-1].offset if heat.size else LEVEL_2_KELVIN[0]
+    if not LEVEL_2_KELVIN[0] <= kelvin <= LEVEL_2_KELVIN[1]:
+        thermal = next((one for one in THERMAL if one.least <= np.median(heat) <= one.most), THERMAL[-1])
+        if (
+            reflective is REFLECTIVE[1] and heat.max() <= 255
+        ):  # an export of all bands, some of it like kelvin
+            thermal = reflective
+    return reflective, thermal
+
+
+def in_words(judged: Judged) -> str:
+    """Return which bands look like what, without those that are Level-2 numbers."""
+    pairs = zip(("Band1 to Band4 look like", "the thermal band looks like"), judged)
+    return ", ".join(f"{bands} {one.name}" for bands, one in pairs if one)
+
+
+def implausible_units(image: np.ndarray) -> Optional[str]:
+    """Return a warning where bands (H, W, 5) in physical units can hardly have been Level-2 numbers."""
+    step = max(1, max(image.shape[:2]) // 512)
+    scale, offset = (np.array([getattr(band, part) for band in BANDS]) for part in ("scale", "offset"))
+    judged = judge_units((image[::step, ::step] - offset) / scale)
+    wrong = (
+        f"{in_words(judged)}, and are read as Level-2 numbers (about 7000 to 65535): the mask will be poor"
+    )
+    return f"{wrong}; export the tile as Level-2 data, or as reflectance and kelvin" if any(judged) else None
+
+
+def convert_units(stored: np.ndarray, units: str, source: str) -> None:
+    """Turn bands (H, W, 5) as stored into physical units, in place; say which are no Level-2 numbers."""
+    reflective, thermal = judge_units(stored) if units != "dn" else (None, None)
+    certain = [one if one and one.scale else None for one in (FORCED.get(units, reflective), thermal)]
+    for index, band in enumerate(BANDS):
+        one = certain[band is BANDS[-1]]
+        stored[..., index] = to_physical(
+            stored[..., index], band._replace(scale=one.scale or 1.0, offset=0.0) if one else band
         )
-    nodata = (pixels == 0) | ~np.isfinite(pixels)
-    if pixels.dtype.itemsize >= 4:
-        nodata |= (pixels > LARGEST_VALUE) | (pixels < -LARGEST_VALUE)
-    if declared is not None:
-        nodata |= pixels == declared
-    if pixels.dtype.kind == "i":
-        nodata |= np.isin(pixels, SIGNED_FILL_VALUES)
-    if pixels.dtype.kind == "i" and pixels.dtype.itemsize == 2:
-        pixels = pixels.astype(np.int16).view(np.uint16)
-    values = pixels.astype(np.float32)
-    values[nodata] = np.nan
-    return values
+    if any(certain):
+        warn(
+            f"{source}: {in_words((certain[0], certain[1]))} and are read so; --units dn reads Level-2 numbers"
+        )
 
 
-def read_tile(files: TileFiles) -> np.ndarray:
-    """Return a tile in physical units, (H, W, 5) float32: reflectance in bands 1-4, kelvin in band 5, NaN
-    where nodata.
+# --- Reading tiles --------------------------------------------------------------------------------
 
-    Raises:
-        TileError: a band is missing or unreadable, or the bands differ in size.
-    """
+
+def read_placed(files: TileFiles, units: str = "auto") -> tuple[np.ndarray, Turn]:
+    """Return what `read_tile` does, and how the tile is turned upright."""
+    source = f"tile {files.tile_id} ({files.name})"
     missing = [band.folder for band, path in zip(BANDS, files.paths) if path is None]
     if missing:
+        usgs = f"; these are names of USGS, whose {RENAMING}" if USGS_NAME.search(files.name) else ""
         raise TileError(
             f"tile {files.tile_id}: no file in {', '.join(missing)} (it has {files.name}), expected one in "
-            "each of the five bands; add the missing file or remove the tile"
+            f"each of the five bands; add the missing file or remove the tile{usgs}"
         )
     paths = [path for path in files.paths if path is not None]
-    first = read_raster(paths[0])
-    image = np.empty(
-        first.shape + (len(BANDS),), np.float32
-    )  # filled band by band: a scene is never held twice
-    for index, (band, path) in enumerate(zip(BANDS, paths)):
-        values = first if index == 0 else read_raster(path)
+    first, place = read_band(paths[0])
+    image = np.empty((*first.shape, len(BANDS)), np.float32)  # band by band: a scene is never held twice
+    for index, path in enumerate(paths):
+        values, here = (first, place) if index == 0 else read_band(path)
         if values.shape != first.shape:
             raise TileError(
                 f"{path}: {values.shape[1]} x {values.shape[0]} px, expected {first.shape[1]} x "
                 f"{first.shape[0]} px as in {paths[0].name}; resample the bands to one grid"
             )
-        image[..., index] = to_physical(values, band)
-    return image
+        place = place or here
+        if place and here and apart(place, here, first.shape):
+            raise TileError(
+                f"{path}: lies at {here.affine[2::3]} of EPSG:{here.epsg}, expected {place.affine[2::3]} of "
+                f"EPSG:{place.epsg} as the bands before it; resample the bands to one grid"
+            )
+        image[..., index] = values
+    turn = turn_of(place, source)
+    convert_units(image, units, source)
+    return image, turn
 
 
-def readable_shape(files: TileFiles) -> tuple[int, int]:
+def read_tile(files: TileFiles, units: str = "auto") -> np.ndarray:
+    """Return a tile in physical units, (H, W, 5) float32: reflectance in bands 1-4, kelvin in band 5, NaN
+    where nodata.
+
+    Args:
+        files: its files.
+        units: of bands 1-4: "dn" for Level-2 numbers, "reflectance", "x10000"; "auto" for what they surely are.
+
+    Raises:
+        TileError: a band is missing or unreadable, or the bands differ in size or place.
+    """
+    return read_placed(files, units)[0]
+
+
+def readable_shape(files: TileFiles) -> tuple[int, ...]:
     """Return a broken tile's size (H, W) from its first readable band, else DEFAULT_SHAPE."""
     for path in filter(None, files.paths):
         try:
@@ -858,35 +1081,6 @@ def readable_shape(files: TileFiles) -> tuple[int, int]:
         except (TileError, MemoryError):
             continue
     return DEFAULT_SHAPE
-
-
-def implausible_units(image: np.ndarray) -> Optional[str]:
-    """Return a warning where the thermal band's median is no temperature of a land surface, else None."""
-    thermal = image[..., -1]
-    thermal = thermal[~np.isnan(thermal)]
-    if thermal.size == 0:
-        return None
-    median = float(np.median(thermal))
-    if PLAUSIBLE_KELVIN[0] <= median <= PLAUSIBLE_KELVIN[1]:
-        return None
-    band = BANDS[-1]
-    stored = (median - band.offset) / band.scale
-    return (
-        f"the median of the thermal band is {stored:.0f}, which reads as {median:.1f} K; expected "
-        "Collection-2 Level-2 scaled integers (about 20000 to 50000). The mask will be poor; export the tile "
-        "as Level-2 data"
-    )
-
-
-def warn(message: str) -> None:
-    """Say `message` on standard error, on a line of its own even while a progress bar is drawn."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
-
-
-@lru_cache(maxsize=None)
-def warn_once(message: str) -> None:
-    """Say `message` as `warn` does, however often it is asked for, once."""
-    warn(message)
 
 
 # --- The weights file -----------------------------------------------------------------------------
@@ -897,34 +1091,29 @@ MODEL_FORMAT = "glacier-kit/3"
 
 def find_weights(given: Optional[PathLike] = None) -> Path:
     """Return the weights file: `given`, else model.pth beside this file, in its `weights/`, or in the working
-    folder.
-
-    Raises:
-        InputError: there is none; it lists where it was looked for.
-    """
+    folder. Raises InputError, which lists where it was looked for, where there is none."""
+    here, work = Path(__file__).resolve().parent, Path.cwd()
+    places = [folder / MODEL_FILE for folder in (here, here / "weights", work, work / "weights")]
     if given is not None:
-        if os.path.isfile(given):
-            return Path(given)
-        raise InputError(
-            f"{given}: no such weights file; train one with `make train-all` or leave the argument out"
-        )
-    here = Path(__file__).resolve().parent
-    places = [folder / MODEL_FILE for folder in (here, here / "weights", Path.cwd(), Path.cwd() / "weights")]
+        places = [Path(given)]
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):
             return place
+    if given is not None:
+        raise InputError(f"{given}: no such weights file; train one with `make train-all` or leave it out")
     looked = ", ".join(str(place) for place in places)
     raise InputError(
         f"no weights: looked for {looked}; put {MODEL_FILE} beside solution.py or name it with --weights"
     )
 
 
-def read_model_file(path: PathLike) -> dict:
-    """Return the containers and tensors of a model file.
+def first_line(error: Exception) -> str:
+    """Return an error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
-    Raises:
-        InputError: the file is damaged or is no model of this kit.
-    """
+
+def read_model_file(path: PathLike) -> dict:
+    """Return the containers and tensors of a model file. Raises InputError for one that is damaged or foreign."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums of the tensors
             damaged = archive.testzip()
@@ -932,12 +1121,12 @@ def read_model_file(path: PathLike) -> dict:
             raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes may raise almost anything
+        size = Path(path).stat().st_size
         raise InputError(
-            f"{path}: damaged or no weights file ({Path(path).stat().st_size} bytes; {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); copy it again"
+            f"{path}: damaged or no weights file ({size} bytes; {first_line(error)}); copy it again"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != MODEL_FORMAT:
-        found = content.get("format", "none") if isinstance(content, dict) else type(content).__name__
+    found = content.get("format", "none") if isinstance(content, dict) else type(content).__name__
+    if found != MODEL_FORMAT:
         raise InputError(
             f"{path}: format {found!r}, expected {MODEL_FORMAT!r}; pack it with `python -m train pack`"
         )
@@ -948,41 +1137,23 @@ def read_model_file(path: PathLike) -> dict:
 
 
 def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load float16 or float32 weights into `network`, strictly.
-
-    Raises:
-        InputError: names all missing, unexpected and misshapen weights at once.
-    """
+    """Load float16 or float32 weights strictly. Raises InputError, which names all that do not fit at once."""
     expected = network.state_dict()
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    misshapen = [
-        f"{name} {tuple(state[name].shape)} for {tuple(expected[name].shape)}"
-        for name in sorted(set(expected) & set(state))
-        if state[name].shape != expected[name].shape
-    ]
-    faults = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    if any(faults.values()):
-        listed = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in faults.items() if names
-        )
-        raise InputError(f"{source}: weights do not fit the network they name: {listed}")
-    values = {name: tensor.to(expected[name].dtype) for name, tensor in state.items()}
-    broken = [name for name, tensor in values.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise InputError(
-            f"{source}: {len(broken)} weights are NaN or infinite: {', '.join(broken[:5])}; pack it again"
-        )
-    network.load_state_dict(values)
-
-
-def load_network(stored: Mapping, source: str) -> nn.Module:
-    """Return the network of one member of a model file, in evaluation mode, BatchNorms merged."""
-    arch = stored["arch"]
-    network = KindNet(**arch["args"]) if arch["name"] == "KindNet" else build_network(arch)
-    load_state(network, stored["state_dict"], source)
-    merge_batchnorms(network.requires_grad_(False).eval(), stored.get("batchnorms", ()))
-    return network.to(memory_format=torch.channels_last)
+    common = [name for name in expected if name in state]
+    faults = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "misshapen": [
+            f"{name} {tuple(state[name].shape)} for {tuple(expected[name].shape)}"
+            for name in common
+            if state[name].shape != expected[name].shape
+        ],
+        "not finite": [name for name in common if not torch.isfinite(state[name]).all()],
+    }
+    listed = [f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in faults.items() if names]
+    if listed:
+        raise InputError(f"{source}: weights do not fit the network they name: {'; '.join(listed)}")
+    network.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in state.items()})
 
 
 def merge_batchnorms(network: nn.Module, pairs: Iterable[Sequence[str]]) -> None:
@@ -1005,40 +1176,28 @@ def merge_batchnorms(network: nn.Module, pairs: Iterable[Sequence[str]]) -> None
 
 
 def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
-    """Return one member of a model file, ready for inference on `device`.
+    """Return one network of a model file, ready for inference on `device`.
 
     Raises:
         InputError: its weights do not fit, or its statistics are not those of five bands.
     """
-    for key in ("mean", "std"):
-        found = len(stored["normalization"][key])
-        if found != len(BANDS):
-            raise InputError(f"{source}: {found} values in {key} of normalization, expected {len(BANDS)}")
-    network = load_network(stored, source).to(device)
-    return Member(network, float(stored["weight"]), stored["normalization"])
-
-
-def check_settings(model: Model) -> None:
-    """Raise ValueError for passes that do not exist, and for a time budget that is none."""
-    members, views = range(len(model.members)), range(len(VIEWS))
-    unknown = [tuple(p) for p in model.passes if p.member not in members or p.view not in views]
-    if unknown or len(set(model.passes)) < len(model.passes):
-        raise ValueError(
-            f"passes: {unknown or 'some occur twice'}, expected different pairs of one of "
-            f"{len(model.members)} members and one of {len(VIEWS)} views, both counted from 0"
-        )
-    if not model.time_budget > 0:
-        raise ValueError(f"time_budget: {model.time_budget}, expected seconds > 0 or null")
+    arch, statistics = stored["arch"], stored["normalization"]
+    if any(len(statistics[key]) != len(BANDS) for key in ("mean", "std")):
+        raise InputError(f"{source}: normalization {statistics}, expected mean and std of {len(BANDS)} bands")
+    network = KindNet(**arch["args"]) if arch["name"] == "KindNet" else build_network(arch)
+    load_state(network, stored["state_dict"], source)
+    merge_batchnorms(network.requires_grad_(False).eval(), stored.get("batchnorms", ()))
+    network = network.to(device).to(memory_format=torch.channels_last)
+    return Member(network, float(stored["weight"]), statistics)
 
 
 def load_model(path: PathLike) -> Model:
-    """Return the model that `path` holds, on the GPU where there is one.
+    """Return the model that `path` holds, on the GPU where there is one that works.
 
     Raises:
         InputError: the file is damaged, incomplete, or its weights do not fit. Random weights are never used.
     """
-    content = read_model_file(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    content, device = read_model_file(path), usable_device()
     try:
         members = tuple(
             load_member(stored, f"{path}, member {number}", device)
@@ -1049,21 +1208,24 @@ def load_model(path: PathLike) -> Model:
         steps = dict(content["postprocess"])
         steps["crf"] = Crf(**steps["crf"]) if steps.get("crf") else None
         time_budget = float(content.get("time_budget") or math.inf)
-        model = Model(members, kind, passes, Postprocess(**steps), time_budget, device, {})
-        check_settings(model)
+        known = {Pass(member, view) for member in range(len(members)) for view in range(len(VIEWS))}
+        if not set(passes) <= known or len(set(passes)) < len(passes) or not time_budget > 0:
+            raise ValueError(
+                f"passes {[tuple(one) for one in passes]} in {time_budget} s, expected different pairs of one of "
+                f"{len(members)} members and one of {len(VIEWS)} views, both from 0, in seconds > 0"
+            )
+        return Model(members, kind, passes, Postprocess(**steps), time_budget, device, {})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: {type(error).__name__}: {error}; pack it again with `python -m train pack`"
-        ) from error
-    return model
+        raise InputError(f"{path}: {first_line(error)}; pack it again with `python -m train pack`") from error
 
 
-# --- Clock and threads ----------------------------------------------------------------------------
+# --- Clock, threads and device --------------------------------------------------------------------
 
 TIME_BUDGET_VARIABLE = "GLACIER_TIME_BUDGET"
 JUST_IMPORTED = 30.0  # s after the import within which a call pays for it
 SPARE_SECONDS = 3.0  # of a time budget, kept for the last mask and for leaving Python,
 SPARE_PART = 0.10  # or this part of it, if that is more: other work on the machine slows the last tiles
+IMPORTED_BY = os.getpid()
 MOST_WORKERS = 3  # threads side by side; more need more memory, and share their cores within a pass instead
 
 
@@ -1072,6 +1234,17 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, min(cores, cpu_quota(), int(asked) if asked.isdecimal() else cores))
+
+
+def usable_device() -> torch.device:
+    """Return the GPU where there is one that works: torch also reports GPUs that it has no code for."""
+    if torch.cuda.is_available():
+        try:
+            nn.Conv2d(1, 1, 3, device="cuda")(torch.ones(1, 1, 8, 8, device="cuda")).sum().item()
+            return torch.device("cuda")
+        except Exception as error:
+            warn(f"the GPU cannot be used ({first_line(error)}); this run is on the CPU")
+    return torch.device("cpu")
 
 
 def cpu_quota() -> int:
@@ -1091,6 +1264,7 @@ def cpu_quota() -> int:
 def prepare_torch(threads: int) -> None:
     """Set what makes a CPU fast: the number of threads, and no denormal numbers, of which trained networks
     have many and which cost several times the time of others."""
+    cv2.setNumThreads(1)  # a process that is forked later would wait for OpenCV's threads
     np.finfo(np.float32)  # NumPy finds its limits on first use, and warns where denormals are flushed by then
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -1102,8 +1276,11 @@ def most_workers(model: Model) -> int:
 
 
 def threads_of_each(workers: int) -> int:
-    """Return the threads of a pass where so many are made side by side."""
-    return max(1, usable_cores() // workers)
+    """Return the threads of a pass where so many are made side by side.
+
+    One in a process forked after the import: it would wait for the threads of torch, which it does not have.
+    """
+    return max(1, usable_cores() // workers) if os.getpid() == IMPORTED_BY else 1
 
 
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -1188,11 +1365,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def png_writer(folder: Path) -> Writer:
-    """Return a function that writes a mask as a PNG with the stem of Band1's file."""
+    """Return a function that writes a mask as a PNG with the stem of Band1's file, or, where img001.tif and
+    img001.tiff are two tiles, with the second one's whole name."""
+    owners: dict[str, str] = {}
 
     def write(tile: TileFiles, mask: np.ndarray) -> None:
-        encoded = cv2.imencode(".png", mask)[1]
-        write_atomically(folder / f"{Path(tile.name).stem}.png", encoded.tobytes())
+        stem = Path(tile.name).stem
+        name = stem if owners.setdefault(stem, tile.name) == tile.name else tile.name
+        write_atomically(folder / f"{name}.png", cv2.imencode(".png", mask)[1].tobytes())
 
     return write
 
@@ -1208,29 +1388,22 @@ def tiff_writer(folder: Path) -> Writer:
     return write
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Remove what killed runs left unfinished in `folder`, but nothing that another run is writing now."""
-    for path in folder.glob(f"{PARTIAL_PREFIX}*.part"):
-        try:
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                path.unlink()
-        except FileNotFoundError:  # that other run has renamed it
-            continue
-
-
 def prepare_output(folder: PathLike, data: DataSource) -> Path:
-    """Return `folder`, made where it is absent.
+    """Return `folder`, made where it is absent, without what killed runs left unfinished in it.
 
     Raises:
-        InputError: it cannot be made or written to, or is one of the input folders, whose files would be
-        overwritten.
+        InputError: it cannot be made or written to, or is one of the input folders.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        remove_abandoned(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+        for path in folder.glob(f"{PARTIAL_PREFIX}*.part"):
+            try:
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink()
+            except FileNotFoundError:  # another run, which is writing now, has renamed it
+                continue
     except OSError as error:
         raise InputError(
             f"{folder}: cannot write masks there ({error.strerror}); name a writable folder"
@@ -1246,13 +1419,11 @@ def prepare_output(folder: PathLike, data: DataSource) -> Path:
 
 
 class TileResult(NamedTuple):
-    """The mask of one tile, uint8 (H, W), how many passes it rests on and how long it took; `fault` says why
-    it is plain background, None if all went well."""
+    """The mask of one tile, uint8 (H, W), how many passes it rests on, and what went wrong, if anything."""
 
     tile: TileFiles
     mask: np.ndarray
     passes: int
-    seconds: float
     fault: Optional[str]
 
 
@@ -1264,52 +1435,48 @@ class Summary(NamedTuple):
     faults: dict[str, str]
 
 
-Reading = tuple[TileFiles, "Future[np.ndarray]"]
+Reading = tuple[TileFiles, "Future[tuple[np.ndarray, Turn]]"]
 
 
-def read_ahead(tiles: Sequence[TileFiles], read: Callable[[TileFiles], np.ndarray]) -> Iterator[Reading]:
+def read_ahead(tiles: Sequence[TileFiles], units: str) -> Iterator[Reading]:
     """Yield each tile and its image, which is read while those before it are segmented."""
     with ThreadPoolExecutor(1) as pool:
-        readings = [pool.submit(read, tile) for tile in tiles[:1]]
-        for index, tile in enumerate(tiles):
-            readings += [pool.submit(read, following) for following in tiles[index + 1 : index + 2]]
-            yield tile, readings.pop(0)
+        readings: "deque[Reading]" = deque()
+        for tile in tiles:
+            readings.append((tile, pool.submit(read_placed, tile, units)))
+            if len(readings) > 1:
+                yield readings.popleft()
+        yield from readings
 
 
-def failed(tile: TileFiles, fault: str) -> TileResult:
-    """Return the background mask of a tile that could not be segmented."""
-    return TileResult(tile, np.zeros(readable_shape(tile), np.uint8), 0, 0.0, fault)
-
-
-def segment_tile(
-    model: Model, tile: TileFiles, reading: "Future[np.ndarray]", until: float = math.inf
-) -> TileResult:
+def segment_tile(model: Model, reading: Reading, until: float = math.inf) -> TileResult:
     """Return a tile's mask; a tile that cannot be segmented gets a background mask and the reason."""
-    started = time.perf_counter()
+    tile, read = reading
+    name = f"tile {tile.tile_id} ({tile.name})"
     try:
-        segmentation = predict_classes(model, reading.result(), until)
-        seconds = time.perf_counter() - started
-        return TileResult(tile, to_mask(segmentation.classes), segmentation.passes, seconds, None)
-    except TileError as error:
-        return failed(tile, str(error))
-    except (RuntimeError, MemoryError, ValueError, cv2.error) as error:  # one tile must not cost the others
-        return failed(tile, f"tile {tile.tile_id} ({tile.name}): {type(error).__name__}: {error}")
-
-
-def read_checked(tile: TileFiles) -> np.ndarray:
-    """Return what `read_tile` does, with a warning where the values can hardly be what they should."""
-    image = read_tile(tile)
-    doubt = implausible_units(image)
-    if doubt:
-        warn(f"tile {tile.tile_id} ({tile.name}): {doubt}")
-    return image
+        image, turn = read.result()
+        empty = [band.folder for index, band in enumerate(BANDS) if np.isnan(image[..., index]).all()]
+        doubt, fault = implausible_units(image), None
+        if doubt:
+            warn(f"{name}: {doubt}")
+        classes, passes = predict_classes(model, turn.upright(image), until)
+        if passes == 0:
+            fault = f"{name}: the time budget was used up; the rest is background; allow more seconds"
+        elif 0 < len(empty) < len(BANDS):
+            fault = (
+                f"{name}: no value above 0 in {', '.join(empty)}, so that its mask is poor; export it again"
+            )
+        return TileResult(tile, turn.back(to_mask(classes)), passes, fault)
+    except Exception as error:  # one tile must not cost the others their masks
+        said = str(error) if isinstance(error, KitError) else f"{name}: {type(error).__name__}: {error}"
+        mask = np.zeros(readable_shape(tile), np.uint8)
+        return TileResult(tile, mask, 0, f"{said}; this tile gets a background mask")
 
 
 def is_scene(tile: TileFiles) -> bool:
     """Return whether a tile needs windows, and much memory, as its first band's header says."""
-    path = next(filter(None, tile.paths))
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with tifffile.TiffFile(next(filter(None, tile.paths))) as tiff:
             return max(tiff.pages[0].shape[:2]) > LARGEST_TILE
     except Exception:  # damaged bytes may raise almost anything; reading the tile will say what is wrong
         return False
@@ -1320,12 +1487,12 @@ def with_workers(model: Model, tiles: Sequence[TileFiles]) -> Model:
     workers = min(most_workers(model), len(tiles))
     if workers > 1 and any(map(is_scene, tiles)):
         workers = 1
-    torch.set_num_threads(threads_of_each(workers))
+    prepare_torch(threads_of_each(workers))
     return model._replace(workers=workers)
 
 
 def segment_all(
-    model: Model, tiles: Sequence[TileFiles], deadline: float, last_start: float
+    model: Model, tiles: Sequence[TileFiles], deadline: float, binding: bool, units: str = "auto"
 ) -> Iterator[TileResult]:
     """Yield the result of every tile, each with as many passes as fit into its share of the time left.
 
@@ -1333,37 +1500,22 @@ def segment_all(
         model: with all its passes.
         tiles: what to segment.
         deadline: time of `time.perf_counter` at which all has to be done; infinite for all passes.
-        last_start: time after which a tile is not begun any more: it is background.
+        binding: whether what is not begun by then, a tile or a window of a scene, is left as background.
+        units: see `read_tile`.
     """
 
     def segment(numbered: tuple[int, Reading]) -> TileResult:
-        number, (tile, reading) = numbered
-        if time.perf_counter() > last_start:
-            return failed(tile, f"tile {tile.tile_id}: the time budget was used up; allow more seconds")
-        until = share_of_time(deadline, min(1.0, model.workers / (len(tiles) - number)))
-        return segment_tile(model, tile, reading, until)
+        number, reading = numbered
+        tile = reading[0]
+        if binding and time.perf_counter() > deadline:
+            fault = f"tile {tile.tile_id} ({tile.name}): the time budget was used up; allow more seconds"
+            return TileResult(tile, np.zeros(readable_shape(tile), np.uint8), 0, fault)
+        if not binding and is_scene(tile):
+            return segment_tile(model, reading)  # all of its windows, however long they take
+        share = min(1.0, model.workers / (len(tiles) - number))
+        return segment_tile(model, reading, share_of_time(deadline, share))
 
-    return side_by_side(segment, enumerate(read_ahead(tiles, read_checked)), model.workers)
-
-
-def with_progress(results: Iterator[TileResult], total: int) -> Iterator[TileResult]:
-    """Pass `results` on; show a bar with an estimate on a terminal, one line a tile elsewhere."""
-    started = time.perf_counter()
-    bar = tqdm(total=total, unit="tile", file=sys.stderr, disable=not sys.stderr.isatty())
-    for done, result in enumerate(results, start=1):
-        bar.update()
-        if bar.disable:
-            left = (time.perf_counter() - started) / done * (total - done)
-            outcome = "background (failed)" if result.fault else f"mask, passes: {result.passes}"
-            print(
-                f"[{done}/{total}] {result.tile.name}: {outcome}, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-        if result.fault:
-            tqdm.write(f"error: {result.fault}; this tile gets a background mask", file=sys.stderr)
-        yield result
-    bar.close()
+    return side_by_side(segment, enumerate(read_ahead(tiles, units)), model.workers)
 
 
 def save_mask(write: Writer, result: TileResult) -> Optional[str]:
@@ -1372,30 +1524,9 @@ def save_mask(write: Writer, result: TileResult) -> Optional[str]:
         write(result.tile, result.mask)
     except (OSError, ValueError, cv2.error) as error:
         fault = f"the mask of {result.tile.name} cannot be written ({error}); make room or free the name"
-        tqdm.write(f"error: {fault}", file=sys.stderr)
+        say(f"error: {fault}")
         return fault
     return None
-
-
-def collect(results: Iterator[TileResult], write: Optional[Writer], keep_masks: bool = True) -> Summary:
-    """Return a summary of `results`; each mask is written while the next tile is segmented."""
-    summary = Summary({}, {}, {})
-    saving: dict[str, "Future[Optional[str]]"] = {}
-    with ThreadPoolExecutor(1) as pool:
-        for result in results:
-            identifier = result.tile.tile_id
-            if keep_masks:
-                summary.masks[identifier] = result.mask
-            summary.passes[identifier] = result.passes
-            if result.fault:
-                summary.faults[identifier] = result.fault
-            if write:
-                saving[identifier] = pool.submit(save_mask, write, result)
-    for identifier, saved in saving.items():
-        fault = saved.result()
-        if fault:
-            summary.faults.setdefault(identifier, fault)
-    return summary
 
 
 def segment_folder(
@@ -1405,8 +1536,9 @@ def segment_folder(
     time_budget: Optional[str] = None,
     started: Optional[float] = None,
     keep_masks: bool = True,
+    units: str = "auto",
 ) -> Summary:
-    """Segment all tiles of `data`, hand each mask to `write` as soon as it is ready, and return them all.
+    """Segment all tiles of `data`, hand each mask to `write` while the next is segmented, and return them all.
 
     Args:
         data: the tiles.
@@ -1415,6 +1547,7 @@ def segment_folder(
         time_budget: see `choose_budget`.
         started: time of `time.perf_counter` from which the budget counts, None for now.
         keep_masks: whether they are in the summary; those of thousands of tiles need gigabytes.
+        units: see `read_tile`.
 
     Raises:
         InputError: no tiles, no weights, or a time budget that is none; nothing is written then.
@@ -1423,21 +1556,34 @@ def segment_folder(
     tiles = find_tiles(data)
     model = with_workers(load_model(find_weights(weights)), tiles)
     budget = choose_budget(time_budget, model.time_budget)
-    deadline = budget.deadline(started)
-    results = segment_all(model, tiles, deadline, deadline if budget.binding else math.inf)
-    summary = collect(with_progress(results, len(tiles)), write, keep_masks)
-    print(closing_line(summary, model, time.perf_counter() - started), file=sys.stderr)
-    return summary
-
-
-def closing_line(summary: Summary, model: Model, seconds: float) -> str:
-    """Return a run in one line: tiles, failures, seconds a tile, passes a tile."""
-    tiles, passes, most = len(summary.passes), sorted(summary.passes.values()), len(model.passes)
-    hint = "" if passes[0] == most else " (--time-budget inf makes them all)"
-    return (
-        f"{tiles} tiles, {len(summary.faults)} failed, {seconds / tiles:.2f} s a tile, "
-        f"{passes[0]} to {passes[-1]} of {most} passes{hint}"
+    summary = Summary({}, {}, {})
+    saving: dict[str, "Future[Optional[str]]"] = {}
+    with ThreadPoolExecutor(1) as pool:
+        for result in segment_all(model, tiles, budget.deadline(started), budget.binding, units):
+            tile, mask, passes, fault = result
+            summary.passes[tile.tile_id] = passes
+            left = (time.perf_counter() - started) * (len(tiles) / len(summary.passes) - 1)
+            done = f"mask, passes: {passes}" if passes else "background (failed)"
+            say(f"[{len(summary.passes)}/{len(tiles)}] {tile.name}: {done}, {left:.0f} s left")
+            if keep_masks:
+                summary.masks[tile.tile_id] = mask
+            if fault:
+                say(f"error: {fault}")
+                summary.faults[tile.tile_id] = fault
+            if write:
+                saving[tile.tile_id] = pool.submit(save_mask, write, result)
+    for identifier, saved in saving.items():
+        fault = saved.result()
+        if fault:
+            summary.faults.setdefault(identifier, fault)
+    fewest, most = min(summary.passes.values()), max(summary.passes.values())
+    hint = "" if fewest == len(model.passes) else " (--time-budget inf makes them all)"
+    pace = (time.perf_counter() - started) / len(tiles)
+    say(
+        f"{len(tiles)} tiles, {len(summary.faults)} failed, {pace:.2f} s a tile, "
+        f"{fewest} to {most} of {len(model.passes)} passes{hint}"
     )
+    return summary
 
 
 # --- The doors ------------------------------------------------------------------------------------
@@ -1458,64 +1604,47 @@ def maskgeration(imagepath: DataSource, second: Optional[PathLike] = None) -> di
     Raises:
         InputError: there are no tiles, or no intact weights.
     """
-    if not second or os.path.isfile(second) or Path(second).suffix == ".pth":
-        return segment_folder(imagepath, platform_weights(second), None, started=call_started()).masks
-    beside_masks = Path(second) / MODEL_FILE
-    try:
-        write = tiff_writer(prepare_output(second, imagepath))
-    except InputError as error:
-        warn(f"{error}; masks are returned only")
-        write = None
-    weights = beside_masks if beside_masks.is_file() else None
-    return segment_folder(imagepath, weights, write, started=call_started()).masks
-
-
-def call_started() -> float:
-    """Return the time of `time.perf_counter` from which a call's budget counts.
-
-    The platform imports this file and calls at once, and its clock sees both: then it is the import's start.
-    """
-    now = time.perf_counter()
-    return STARTED if now - STARTED < JUST_IMPORTED else now
-
-
-def platform_weights(given: Optional[PathLike]) -> Optional[Path]:
-    """Return `given` where it exists; else None, with a warning, so that other places are searched."""
-    if not given or os.path.isfile(given):
-        return Path(given) if given else None
-    warn(f"{given}: no such weights file; looking beside solution.py and in the working folder")
-    return None
+    now, weights, write = time.perf_counter(), None, None
+    if second:
+        names_weights = os.path.isfile(second) or Path(second).suffix == ".pth"
+        weights = Path(second) if names_weights else Path(second) / MODEL_FILE
+        if not os.path.isfile(weights):
+            if names_weights:
+                warn(f"{second}: no such weights file; looking beside solution.py and in the working folder")
+            weights = None
+        try:
+            write = None if names_weights else tiff_writer(prepare_output(second, imagepath))
+        except InputError as error:
+            warn(f"{error}; masks are returned only")
+    # The platform imports this file and calls at once, and its clock sees both.
+    started = STARTED if now - STARTED < JUST_IMPORTED else now
+    return segment_folder(imagepath, weights, write, started=started).masks
 
 
 def parse_arguments(arguments: Optional[list[str]]) -> argparse.Namespace:
-    """Return `data`, `output`, `named_as_band1` and `weights` from any of the three command lines."""
+    """Return `data`, `output`, `named_as_band1` and the options from any of the three command lines."""
     parser = argparse.ArgumentParser(
         description="Segment Landsat-8 tiles into glacier masks.", epilog=EXPECTED_LAYOUT, allow_abbrev=False
     )
-    parser.add_argument("in_dir", nargs="?", help="data folder; writes one PNG a tile")
-    parser.add_argument("out_dir", nargs="?", help="folder for the PNGs")
-    parser.add_argument(
-        "--data", "--imagepath", dest="data", help="data folder; writes TIFFs named as in Band1"
+    add = parser.add_argument
+    add("in_dir", nargs="?", help="data folder; writes one PNG a tile")
+    add("out_dir", nargs="?", help="folder for the PNGs")
+    add("--data", "--imagepath", dest="data", help="data folder; writes TIFFs named as in Band1")
+    add("--out", "--output", dest="output", help="folder for the TIFFs")
+    add("--masks", help="accepted for the organisers' template, not used")
+    add("--weights", help="model.pth; default: beside this file, in weights/, or in the working folder")
+    budget = (
+        f"end within so many seconds, inf for no limit; default: {TIME_BUDGET_VARIABLE}, else the weights'"
     )
-    parser.add_argument("--out", "--output", dest="output", help="folder for the TIFFs")
-    parser.add_argument("--masks", help="accepted for the organisers' template, not used")
-    parser.add_argument(
-        "--weights", help="model.pth; default: beside this file, in weights/, or in the working folder"
-    )
-    parser.add_argument(
-        "--time-budget",
-        metavar="SECONDS",
-        help=f"end within so many seconds, inf for no limit; default: {TIME_BUDGET_VARIABLE}, else what the "
-        "weights say",
-    )
+    add("--time-budget", metavar="SECONDS", help=budget)
+    units = "of Band1 to Band4; dn: Level-2 numbers; auto: these, or what they and Band5 surely are"
+    add("--units", choices=("auto", "dn", *FORCED), default="auto", help=units)
     parsed = parser.parse_args(arguments)
     positional, named = (parsed.in_dir, parsed.out_dir), (parsed.data, parsed.output)
-    if all(positional) and not any(named):
-        parsed.data, parsed.output, parsed.named_as_band1 = parsed.in_dir, parsed.out_dir, False
-    elif all(named) and not any(positional):
-        parsed.named_as_band1 = True
-    else:
+    parsed.named_as_band1 = all(named)
+    if not any(all(one) and not any(other) for one, other in ((positional, named), (named, positional))):
         parser.error("give IN_DIR OUT_DIR, or --data D --masks M --out O, or --imagepath D --output O")
+    parsed.data, parsed.output = named if parsed.named_as_band1 else positional
     return parsed
 
 
@@ -1525,9 +1654,10 @@ def main(arguments: Optional[list[str]] = None) -> int:
     try:
         folder = prepare_output(args.output, args.data)
         writer = tiff_writer(folder) if args.named_as_band1 else png_writer(folder)
-        summary = segment_folder(args.data, args.weights, writer, args.time_budget, STARTED, keep_masks=False)
+        budget, weights = args.time_budget, args.weights
+        summary = segment_folder(args.data, weights, writer, budget, STARTED, False, args.units)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     return 1 if summary.faults else 0
 

@@ -20,11 +20,10 @@ from prep.synthetic.scenes import make_scene, to_numbers
 PROJECT = Path(solution.__file__).resolve().parent
 TINY_ARCH = {
     "name": "Unet",
-    "args": {"encoder_name": "mobilenet_v2", "encoder_depth": 3, "decoder_channels": [32, 16, 16]},
+    "args": {"encoder_name": "mobilenet_v2", "encoder_depth": 3, "decoder_channels": [16, 8, 8]},
 }
 NORMALIZATION = {"mean": [0.7, 0.7, 0.7, 0.05, 256.0], "std": [0.55, 0.55, 0.55, 0.08, 9.0]}
 PLAIN = solution.Postprocess(crf=None, min_speck=0, min_hole=0)
-NO_BIAS = (0.0, 0.0, 0.0, 0.0)
 CRF = {
     "smooth_px": 2.0,
     "smooth_weight": 1.0,
@@ -39,7 +38,7 @@ CRF = {
 
 
 def random_network(arch: Mapping = TINY_ARCH, seed: int = 0) -> nn.Module:
-    """Return a network with seeded weights, in eval mode.
+    """Return a network of one logit with seeded weights, in eval mode.
 
     Its BatchNorms have random scales and offsets, and the statistics of a batch of noise.
     """
@@ -53,28 +52,43 @@ def random_network(arch: Mapping = TINY_ARCH, seed: int = 0) -> nn.Module:
                 module.momentum = 0.9
         with torch.no_grad():
             network.train()(torch.randn(4, 5, 64, 64))
-        network.eval()
-        spread_logits(network, torch.randn(1, 5, 64, 64))
+        return spread_logits(network.eval())
+
+
+def random_kind(seed: int = 0) -> solution.KindNet:
+    """Return a tiny network of the kind with seeded weights, in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return spread_logits(solution.KindNet(hidden=4).eval())
+
+
+def spread_logits(network: nn.Module) -> nn.Module:
+    """Scale the last convolution so that both answers win somewhere: logits of mean 0 and deviation 1."""
+    head = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
+    with torch.no_grad():
+        std, mean = torch.std_mean(network(torch.randn(1, 5, 64, 64)))
+        head.weight *= 1 / std
+        head.bias.copy_((head.bias - mean) / std)
     return network
 
 
-def spread_logits(network: nn.Module, sample: torch.Tensor) -> None:
-    """Scale the last convolution so that every class wins somewhere: logits of mean 0 and deviation 1."""
-    head = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
-    with torch.no_grad():
-        logits = network(sample)
-        std, mean = torch.std_mean(logits, dim=(0, 2, 3))
-        head.weight *= (1 / std)[:, None, None, None]
-        head.bias.copy_((head.bias - mean) / std)
+def stored(network: nn.Module, arch: Mapping, weight: float = 1.0) -> dict:
+    """Return a network as model.pth stores it: float16 weights, float32 BatchNorm statistics."""
+    state = {
+        name: tensor.half() if tensor.is_floating_point() and "running_" not in name else tensor
+        for name, tensor in network.state_dict().items()
+    }
+    return {"arch": arch, "weight": weight, "fold": None, "normalization": NORMALIZATION, "state_dict": state}
 
 
 def stored_member(arch: Mapping = TINY_ARCH, seed: int = 0, weight: float = 1.0) -> dict:
-    """Return a member as model.pth stores it: float16 weights, float32 BatchNorm statistics."""
-    state = {
-        name: tensor.half() if tensor.is_floating_point() and "running_" not in name else tensor
-        for name, tensor in random_network(arch, seed).state_dict().items()
-    }
-    return {"arch": arch, "weight": weight, "normalization": NORMALIZATION, "state_dict": state}
+    """Return a member of the extent as model.pth stores it."""
+    return {**stored(random_network(arch, seed), arch, weight), "batchnorms": []}
+
+
+def stored_kind(seed: int = 0) -> dict:
+    """Return a network of the kind as model.pth stores it."""
+    return stored(random_kind(seed), {"name": "KindNet", "args": {"hidden": 4}})
 
 
 def passes_of(members: int, views: int) -> tuple[solution.Pass, ...]:
@@ -85,18 +99,20 @@ def passes_of(members: int, views: int) -> tuple[solution.Pass, ...]:
 def model_content(
     member_weights: Sequence[float] = (1.0,),
     postprocess: solution.Postprocess = PLAIN,
-    class_bias: Sequence[float] = NO_BIAS,
     views: int = 1,
     time_budget: Optional[float] = None,
+    kind: bool = True,
 ) -> dict:
     """Return the content of a model file with one tiny member for each of `member_weights`."""
     return {
-        "passes": [list(one) for one in passes_of(len(member_weights), views)],
-        "time_budget": time_budget,
         "format": solution.MODEL_FORMAT,
         "members": [stored_member(seed=seed, weight=weight) for seed, weight in enumerate(member_weights)],
-        "class_bias": list(class_bias),
+        "kind": stored_kind() if kind else None,
+        "passes": [list(one) for one in passes_of(len(member_weights), views)],
         "postprocess": postprocess._asdict(),
+        "time_budget": time_budget,
+        "recipe": "tiny",
+        "provenance": {},
     }
 
 
@@ -110,16 +126,23 @@ def in_memory(
     *networks: nn.Module,
     weights: Sequence[float] = (),
     postprocess: solution.Postprocess = PLAIN,
-    class_bias: Sequence[float] = NO_BIAS,
     views: int = 1,
+    kind: Optional[nn.Module] = None,
 ) -> solution.Model:
     """Return a model of these networks in the first so many views; their weights are 1 unless given."""
     shares = weights or [1.0] * len(networks)
     members = tuple(
         solution.Member(network.eval(), weight, NORMALIZATION) for network, weight in zip(networks, shares)
     )
-    passes = passes_of(len(networks), views)
-    return solution.Model(members, passes, tuple(class_bias), postprocess, math.inf, torch.device("cpu"))
+    return solution.Model(
+        members,
+        solution.Member(kind.eval(), 1.0, NORMALIZATION) if kind else None,
+        passes_of(len(networks), views),
+        postprocess,
+        math.inf,
+        torch.device("cpu"),
+        {},
+    )
 
 
 # --- Tiles ----------------------------------------------------------------------------------------

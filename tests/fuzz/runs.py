@@ -41,6 +41,7 @@ REMEDIES = (
     "name another",
     "cut it into tiles",
 )
+NO_VALUE = "no value above 0"  # anywhere in a band: what solution.py says of one
 TILES_A_CASE = 12
 SECONDS_A_CASE = 120.0
 REAL_STDERR = os.dup(2)  # also while what is written there is collected
@@ -197,6 +198,8 @@ def judge_tile(tile: Tile, mask: np.ndarray | None, fault: str | None) -> list[s
     faults = []
     if mask.dtype != np.uint8 or not set(np.unique(mask)) <= set(solution.CLASS_VALUES):
         faults.append(f"{where}: {mask.dtype} mask of {np.unique(mask)[:9]}")
+    if fault and NO_VALUE in fault:  # named and counted, with a mask of what the other bands show
+        return faults
     if not tile.damaged and fault:
         faults.append(f"{where}: a whole tile was refused: {fault}")
     if fault and mask.any():

@@ -328,7 +328,7 @@ def test_a_full_disk_costs_the_masks_that_do_not_fit(tmp_path, weights):
         named = ["--data", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--weights", str(weights)]
         with pytest.MonkeyPatch.context() as patch:
             said = []
-            patch.setattr(solution.tqdm, "write", lambda line, file: said.append(line))
+            patch.setattr(solution, "say", said.append)
             assert solution.main(named) == 1
     assert [line for line in said if "img001.tif cannot be written" in line and "make room" in line]
     assert all(path.stat().st_size <= 300 for path in (tmp_path / "out").iterdir())

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from support import NORMALIZATION, in_memory
+from support import NORMALIZATION, PLAIN, in_memory
 from torch import nn
 
 import solution
@@ -15,27 +15,27 @@ def pixelwise(seed: int) -> nn.Module:
     """Return a network that looks at single pixels only."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Conv2d(5, 4, 1)
+        return nn.Conv2d(5, 1, 1)
 
 
 def local(seed: int) -> nn.Module:
     """Return a network whose answer depends on the direction in which it looks."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Conv2d(5, 4, 3, padding=1)
+        return nn.Conv2d(5, 1, 3, padding=1)
 
 
 class Constant(nn.Module):
-    """Answers the same logits everywhere, and keeps the sizes it was shown."""
+    """Answers the same logit everywhere, and keeps the sizes it was shown."""
 
-    def __init__(self, logits=(0.0, 1.0, 0.5, -1.0)):
+    def __init__(self, logit=1.0):
         super().__init__()
-        self.logits = torch.tensor(logits)
+        self.logit = logit
         self.shapes = []
 
     def forward(self, x):
         self.shapes.append(tuple(x.shape[2:]))
-        return self.logits.reshape(1, 4, 1, 1).expand(len(x), 4, *x.shape[2:])
+        return torch.full((len(x), 1, *x.shape[2:]), self.logit)
 
 
 def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -52,14 +52,14 @@ def network_input(image: np.ndarray) -> np.ndarray:
     return np.stack(channels).astype(np.float32)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities over axis 0."""
-    powers = np.exp(logits.astype(np.float64))
-    return powers / powers.sum(axis=0)
+def of_classes(logits: np.ndarray, debris: float = 0.0) -> np.ndarray:
+    """Return probabilities (4, H, W) of logits (1, H, W) of glacier, worked out apart from solution."""
+    extent = 1 / (1 + np.exp(-logits[0].astype(np.float64)))
+    return np.stack([1 - extent, extent * (1 - debris), extent * debris, 0 * extent])
 
 
 def answer(network: nn.Module, x: np.ndarray) -> np.ndarray:
-    """Return a network's (4, H, W) logits for (5, H, W)."""
+    """Return a network's (1, H, W) logits for (5, H, W)."""
     with torch.no_grad():
         return network(torch.from_numpy(np.ascontiguousarray(x))[None])[0].numpy()
 
@@ -101,8 +101,8 @@ def test_views_are_what_their_names_say():
 def test_members_are_averaged_with_their_weights():
     image, networks = random_image(32, 64), (pixelwise(1), pixelwise(2))
     model = in_memory(*networks, weights=(1.0, 3.0))
-    probs = solution.ensemble_probabilities(model, image, model.passes).probs
-    first, second = (softmax(answer(network, network_input(image))) for network in networks)
+    probs = solution.predict_window(model, image).probs
+    first, second = (of_classes(answer(network, network_input(image))) for network in networks)
     np.testing.assert_allclose(probs, (first + 3 * second) / 4, atol=1e-5)
     assert probs.dtype == np.float32
 
@@ -113,10 +113,12 @@ def test_views_are_averaged(count):
     model = in_memory(network, views=count)
     probs = solution.predict_window(model, image).probs
     x, there_and_back = network_input(image), list(NUMPY_VIEWS.values())[:count]
-    expected = np.mean([back(softmax(answer(network, there(x)))) for there, back in there_and_back], axis=0)
+    expected = np.mean(
+        [back(of_classes(answer(network, there(x)))) for there, back in there_and_back], axis=0
+    )
     np.testing.assert_allclose(probs, expected, atol=1e-5)
     if count > 1:
-        assert np.abs(probs - softmax(answer(network, x))).max() > 0.01
+        assert np.abs(probs - of_classes(answer(network, x))).max() > 0.01
 
 
 def test_each_member_gets_its_own_statistics():
@@ -125,31 +127,15 @@ def test_each_member_gets_its_own_statistics():
     model = in_memory(network)._replace(members=(solution.Member(network, 1.0, other),))
     x = ((image - np.float32(other["mean"])) / np.float32(other["std"])).transpose(2, 0, 1)
     probs = solution.predict_window(model, image).probs
-    np.testing.assert_allclose(probs, softmax(answer(network, x)), atol=1e-5)
+    np.testing.assert_allclose(probs, of_classes(answer(network, x)), atol=1e-5)
 
 
-def test_class_bias_moves_borders_within_a_group_only():
-    probs = np.array([0.5, 0.3, 0.15, 0.05], np.float32).reshape(4, 1, 1)
-    bias = (0.0, 0.0, np.log(2), np.log(10))  # glacier and debris 0.3 : 0.3, other and lake 0.5 : 0.5
-    expected = [0.275, 0.225, 0.225, 0.275]
-    np.testing.assert_allclose(solution.apply_bias(probs, bias, 0.0).ravel(), expected, rtol=1e-5)
-    image = random_image(32, 32)
-    assert (solution.predict_classes(in_memory(Constant()), image).classes == 1).all()
-    assert (
-        solution.predict_classes(in_memory(Constant(), class_bias=(0, 0, 1, 0)), image).classes == 2
-    ).all()
-
-
-def test_extent_bias_is_added_to_the_log_odds_of_glacier():
-    probs = np.array([0.5, 0.3, 0.15, 0.05], np.float32).reshape(4, 1, 1)
-    expected = np.array([0.5, 0.9, 0.45, 0.05]) / 1.9
-    shifted = solution.apply_bias(probs, (0.0,) * 4, float(np.log(3)))
-    np.testing.assert_allclose(shifted.ravel(), expected, rtol=1e-5)
-
-
-def test_a_group_without_probability_stays_without():
-    probs = np.array([1.0, 0.0, 0.0, 0.0], np.float32).reshape(4, 1, 1)
-    np.testing.assert_array_equal(solution.apply_bias(probs, (0, 1, 2, 3), 1.0), probs)
+def test_biases_are_added_to_the_logits():
+    image, steps = random_image(32, 32), PLAIN._replace(extent_bias=-0.5, debris_bias=2.0)
+    model = in_memory(Constant(1.0), kind=Constant(-1.0), postprocess=steps)
+    extent, debris = 1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-1.0))
+    expected = [1 - extent, extent * (1 - debris), extent * debris, 0]
+    np.testing.assert_allclose(solution.predict_window(model, image).probs[:, 3, 4], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +173,7 @@ def test_odd_sizes_come_back_as_they_were(size):
     image, network, seen = random_image(*size), pixelwise(4), Constant()
     classes = solution.predict_classes(in_memory(network, views=6), image).classes
     assert classes.shape == size and classes.dtype == np.uint8
-    probs = softmax(answer(network, network_input(image)))
+    probs = of_classes(answer(network, network_input(image)))
     np.testing.assert_array_equal(classes, solution.decide_classes(probs))
     solution.predict_classes(in_memory(seen, views=6), image)
     assert all(side % 32 == 0 for shape in seen.shapes for side in shape)
@@ -231,7 +217,7 @@ def test_a_constant_answer_leaves_no_seams(size):
     seen = Constant()
     scores = solution.predict_scene(in_memory(seen), random_image(*size)).probs
     shares = scores / scores.sum(axis=0)
-    expected = softmax(seen.logits.numpy().reshape(4, 1, 1))
+    expected = of_classes(np.full((1, 1, 1), seen.logit))
     np.testing.assert_allclose(shares, np.broadcast_to(expected, shares.shape), atol=1e-5)
     assert max(max(shape) for shape in seen.shapes) <= solution.WINDOW  # bounded memory
 
@@ -242,8 +228,8 @@ def test_windows_of_a_pixelwise_network_equal_one_pass(size):
     image[200:260, 100:180] = np.nan
     classes = solution.predict_classes(in_memory(network), image).classes
     logits = answer(network, np.nan_to_num(network_input(image)))
-    expected = np.where(np.isnan(image).all(axis=-1), 0, solution.decide_classes(softmax(logits)))
-    top = np.sort(softmax(logits), axis=0)
+    expected = np.where(np.isnan(image).all(axis=-1), 0, solution.decide_classes(of_classes(logits)))
+    top = np.sort(of_classes(logits), axis=0)
     clear = top[-1] - top[-2] > 1e-4  # blending may round a tie either way
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(classes[clear], expected[clear])
@@ -273,7 +259,7 @@ def test_a_pass_that_is_known_to_be_slow_is_not_begun():
 
     def made(*passes: tuple[int, int]) -> int:
         pairs = [solution.Pass(*one) for one in passes]
-        return solution.ensemble_probabilities(model, image, pairs, soon).passes
+        return solution.extent_probability(model, image, pairs, soon)[1]
 
     assert made((0, 0), (1, 0)) == 1
     assert 0 < model.pace[0] < 1, "what the first member took was learned"

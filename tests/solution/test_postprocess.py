@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
-from support import CRF, NORMALIZATION, PLAIN, in_memory, scene_numbers
-from torch import nn
+from support import CRF, NORMALIZATION, PLAIN, in_memory, random_network
 
 import solution
 
@@ -123,7 +121,7 @@ def test_without_pairwise_weights_the_classes_stay():
     features = rng.normal(size=(5, 20, 30)).astype(np.float32)
     valid = rng.random((20, 30)) < 0.8
     plain = {**CRF, "smooth_weight": 0.0, "bilateral_weight": 0.0}
-    refined = solution.refine_with_crf(probs, features, valid, **plain)
+    refined = solution.refine_with_crf(probs, features, valid, solution.Crf(**plain))
     assert refined.shape == probs.shape and refined.dtype == np.float32
     np.testing.assert_allclose(refined, probs, atol=1e-3)
     np.testing.assert_array_equal(refined.argmax(axis=0), probs.argmax(axis=0))
@@ -138,7 +136,7 @@ def test_a_lone_unsure_pixel_takes_its_neighbours_class(kernel):
     settings = {**CRF, "smooth_weight": 0.0, "bilateral_weight": 0.0, kernel: 3.0}
     features, valid = np.zeros((5, 24, 31), np.float32), np.ones((24, 31), bool)
     before = probs.copy()
-    refined = solution.refine_with_crf(probs, features, valid, **settings)
+    refined = solution.refine_with_crf(probs, features, valid, solution.Crf(**settings))
     assert probs[:, 12, 20].argmax() == 2
     assert (refined.argmax(axis=0) == 1).all()
     np.testing.assert_array_equal(probs, before)
@@ -159,7 +157,9 @@ def test_the_bilateral_kernel_uses_every_band(band):
     valid = np.ones(classes.shape, bool)
 
     def accuracy(bands):
-        return (solution.refine_with_crf(probs, bands, valid, **settings).argmax(axis=0) == classes).mean()
+        return (
+            solution.refine_with_crf(probs, bands, valid, solution.Crf(**settings)).argmax(axis=0) == classes
+        ).mean()
 
     assert accuracy(features) > 0.99
     assert accuracy(np.zeros_like(features)) < 0.95
@@ -171,7 +171,7 @@ def test_nodata_takes_no_part_in_the_crf():
     probs[:, 10, 10] = (0.05, 0.9, 0.02, 0.03)
     features, valid = np.zeros((5, 20, 20), np.float32), np.zeros((20, 20), bool)
     valid[10, 10] = True
-    refined = solution.refine_with_crf(probs, features, valid, **CRF)
+    refined = solution.refine_with_crf(probs, features, valid, solution.Crf(**CRF))
     np.testing.assert_array_equal(refined[:, ~valid], probs[:, ~valid])
     assert refined[:, 10, 10].argmax() == 1  # whatever the nodata around it says
 
@@ -179,180 +179,20 @@ def test_nodata_takes_no_part_in_the_crf():
 @needs_crf
 def test_the_crf_runs_only_where_the_model_asks_for_it():
     image = np.random.default_rng(2).normal(0.5, 0.5, (32, 40, 5)).astype(np.float32)
-    network = nn.Conv2d(5, 4, 1)
-    nn.init.constant_(network.bias, 0)
-    nn.init.constant_(network.weight, 0)
-    network.weight.data[:, :4] = (
-        torch.eye(4).unsqueeze(-1).unsqueeze(-1) / 2
-    )  # classes follow the first four bands
+    network, crf = random_network(), solution.Crf(**CRF)
     plain = solution.predict_window(in_memory(network), image).probs
-    refined = solution.predict_window(in_memory(network, postprocess=PLAIN._replace(crf=CRF)), image).probs
-    features = solution.normalize(image, in_memory(network).members[0].normalization)
-    expected = solution.refine_with_crf(plain, features, np.ones((32, 40), bool), **CRF)
+    refined = solution.predict_window(in_memory(network, postprocess=PLAIN._replace(crf=crf)), image).probs
+    features = solution.normalize(image, NORMALIZATION)
+    expected = solution.refine_with_crf(plain, features, np.ones((32, 40), bool), crf)
     np.testing.assert_allclose(refined, expected, atol=1e-5)
     assert np.abs(refined - plain).max() > 0.05
 
 
-# --- Dense CRF without pydensecrf ----------------------------------------------------------------
-
-# Kernels of different widths and strengths: those of train.calibrate, and one narrow and strong.
-SMOOTH_ONLY = {**CRF, "smooth_px": 3.0, "bilateral_weight": 0.0}
-WIDE = {**CRF, "smooth_px": 3.0, "bilateral_px": 30.0, "bilateral_weight": 1.0}
-SELECTIVE = {**WIDE, "bilateral_std": 0.25, "bilateral_weight": 3.0}
-STRONG = {**WIDE, "smooth_weight": 3.0, "bilateral_weight": 3.0}
-ALL_KERNELS = pytest.mark.parametrize(
-    "settings",
-    [SMOOTH_ONLY, WIDE, SELECTIVE, STRONG, CRF],
-    ids=["smooth", "wide", "selective", "strong", "near"],
-)
-
-
-def noisy_scene(size: int, index: int = 0):
-    """Return (probs, features, valid) of a synthetic scene, as a network unsure of its classes sees it."""
-    numbers = scene_numbers(index, max(size, 96))[:size, :size]
-    valid = numbers.any(axis=2)
-    image = np.stack(
-        [solution.to_physical(numbers[..., i], band) for i, band in enumerate(solution.BANDS)], axis=-1
-    )
-    image[~valid] = np.nan
-    features = solution.normalize(image, NORMALIZATION)
-    rng = np.random.default_rng(index)
-    logits = np.stack([np.zeros(valid.shape), *features[[0, 4, 3]]]) + rng.normal(0, 1, (4,) + valid.shape)
-    probs = np.exp(logits) / np.exp(logits).sum(axis=0)
-    return probs.astype(np.float32), features, valid
-
-
-def exact_kernel(points: np.ndarray) -> np.ndarray:
-    """Return the (N, N) Gaussian kernel of deviation 1 over points (N, D), symmetrically normalised."""
-    squares = (points**2).sum(axis=1)
-    kernel = np.exp(-0.5 * np.maximum(squares[:, None] + squares - 2 * points @ points.T, 0))
-    total = kernel.sum(axis=1)
-    return kernel / np.sqrt(total[:, None] * total)
-
-
-def refine_exactly(probs, features, valid, **settings) -> np.ndarray:
-    """Return what refine_with_crf approximates: mean-field steps with every pair of pixels, in float64."""
-    positions = np.argwhere(valid).astype(float)
-    bands = features[:, valid].T.astype(float) / settings["bilateral_std"]
-    joint = np.concatenate([positions / settings["bilateral_px"], bands], axis=1)
-    message = settings["smooth_weight"] * exact_kernel(positions / settings["smooth_px"])
-    message += settings["bilateral_weight"] * exact_kernel(joint)
-    evidence = np.log(np.clip(probs[:, valid].astype(float), 1e-5, 1))
-    current = np.exp(evidence) / np.exp(evidence).sum(axis=0)
-    for _ in range(settings["iterations"]):
-        energy = evidence + current @ message
-        current = np.exp(energy - energy.max(axis=0))
-        current /= current.sum(axis=0)
-    refined = probs.copy()
-    refined[:, valid] = current
-    return refined
-
-
-def agreement(one: np.ndarray, other: np.ndarray, valid: np.ndarray) -> float:
-    """Return the part of the valid pixels on which two results decide for the same class, either way."""
-    same_largest = one.argmax(axis=0) == other.argmax(axis=0)
-    same_decided = solution.decide_classes(one) == solution.decide_classes(other)
-    return min(same_largest[valid].mean(), same_decided[valid].mean())
-
-
-@ALL_KERNELS
-def test_without_pydensecrf_the_crf_agrees_with_the_exact_mean_field(settings):
-    probs, features, valid = noisy_scene(48)
-    exact = refine_exactly(probs, features, valid, **settings)
-    refined = solution.refine_with_torch_crf(probs, features, valid, **settings)
-    assert 0.3 < valid.mean() < 1
-    assert agreement(probs, exact, valid) < 0.95  # there is something to agree on
-    assert agreement(refined, exact, valid) >= 0.98
-    assert np.abs(refined - exact)[:, valid].mean() < 0.01
-
-
-@pytest.mark.parametrize("dimensions", [1, 2, 3, 7])
-def test_kernels_without_pydensecrf_are_close_to_gaussian(dimensions):
-    rng = np.random.default_rng(dimensions)
-    points, values = rng.uniform(0, 3, (1500, dimensions)), rng.normal(1, 1, (4, 1500))
-    points[100:200] = points[:100]  # equal points share their corners
-    filtered = solution.to_array(
-        solution.gaussian_kernel(solution.to_tensor(points))(solution.to_tensor(values))
-    )
-    expected = values @ exact_kernel(points)
-    assert filtered.shape == values.shape
-    assert np.corrcoef(filtered.ravel(), expected.ravel())[0, 1] > 0.95
-    assert abs(filtered.mean() / expected.mean() - 1) < 0.03
-
-
-@needs_crf
-@ALL_KERNELS
-def test_without_pydensecrf_the_crf_agrees_with_it(settings):
-    for index in range(2):
-        probs, features, valid = noisy_scene(160, index)
-        expected = solution.refine_with_crf(probs, features, valid, **settings)
-        refined = solution.refine_with_torch_crf(probs, features, valid, **settings)
-        assert refined.shape == probs.shape and refined.dtype == np.float32
-        assert agreement(probs, expected, valid) < 0.95
-        assert agreement(refined, expected, valid) >= 0.999
-        np.testing.assert_allclose(refined.sum(axis=0), 1, atol=1e-5)
-
-
-@needs_crf
-@pytest.mark.parametrize("settings", [SELECTIVE, STRONG], ids=["selective", "strong"])
-def test_without_pydensecrf_the_crf_agrees_with_it_on_a_real_tile(real_tiles, settings):
-    tile = solution.find_tiles(real_tiles)[5]
-    image = solution.read_tile(tile)[100:356, 100:356]
-    valid, features = solution.valid_mask(image), solution.normalize(image, NORMALIZATION)
-    noise = np.random.default_rng(0).normal(0, 1, (4,) + valid.shape)
-    logits = np.stack([np.zeros(valid.shape), *features[[0, 4, 3]]]) + noise
-    probs = (np.exp(logits) / np.exp(logits).sum(axis=0)).astype(np.float32)
-    expected = solution.refine_with_crf(probs, features, valid, **settings)
-    refined = solution.refine_with_torch_crf(probs, features, valid, **settings)
-    assert agreement(probs, expected, valid) < 0.95
-    assert agreement(refined, expected, valid) >= 0.999
-
-
-def test_nodata_takes_no_part_without_pydensecrf():
-    probs, features, valid = noisy_scene(96)
-    before = probs.copy()
-    refined = solution.refine_with_torch_crf(probs, features, valid, **STRONG)
-    np.testing.assert_array_equal(probs, before)  # the argument is left alone
-    np.testing.assert_array_equal(refined[:, ~valid], probs[:, ~valid])
-    assert (refined != probs)[:, valid].any(axis=0).mean() > 0.9
-    other = np.where(valid, probs, certain(np.full(valid.shape, 3)))
-    again = solution.refine_with_torch_crf(other, np.where(valid, features, 9), valid, **STRONG)
-    np.testing.assert_array_equal(again[:, valid], refined[:, valid])  # whatever the nodata says
-
-
-def test_a_lone_valid_pixel_keeps_its_class_without_pydensecrf():
-    probs = certain(np.zeros((20, 20), int))
-    probs[:, 10, 10] = (0.05, 0.9, 0.02, 0.03)
-    valid = np.zeros((20, 20), bool)
-    valid[10, 10] = True
-    refined = solution.refine_with_torch_crf(probs, np.zeros((5, 20, 20), np.float32), valid, **CRF)
-    np.testing.assert_array_equal(refined[:, ~valid], probs[:, ~valid])
-    assert refined[:, 10, 10].argmax() == 1
-
-
-def test_an_image_without_data_comes_back_as_it_was_without_pydensecrf():
-    probs, features, _ = noisy_scene(48)
-    refined = solution.refine_with_torch_crf(probs, features, np.zeros((48, 48), bool), **CRF)
-    np.testing.assert_array_equal(refined, probs)
-    assert refined is not probs
-
-
-def test_equal_probabilities_stay_equal_without_pydensecrf():
-    features, valid = np.zeros((5, 40, 50), np.float32), np.ones((40, 50), bool)
-    undecided = np.full((4, 40, 50), 0.25, np.float32)
-    np.testing.assert_allclose(
-        solution.refine_with_torch_crf(undecided, features, valid, **STRONG), 0.25, atol=1e-5
-    )
-    probs = np.broadcast_to(np.float32([0.4, 0.3, 0.2, 0.1])[:, None, None], (4, 40, 50)).copy()
-    refined = solution.refine_with_torch_crf(probs, features, valid, **WIDE)
-    assert (refined.argsort(axis=0) == probs.argsort(axis=0)).all()
-    unweighed = {**WIDE, "smooth_weight": 0.0, "bilateral_weight": 0.0}
-    np.testing.assert_allclose(
-        solution.refine_with_torch_crf(probs, features, valid, **unweighed), probs, atol=1e-6
-    )
-
-
-def test_the_result_without_pydensecrf_does_not_depend_on_chance():
-    probs, features, valid = noisy_scene(96)
-    first, second = (solution.refine_with_torch_crf(probs, features, valid, **SELECTIVE) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+def test_without_pydensecrf_masks_are_made_without_it_and_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(solution, "densecrf", None)
+    solution.warn_once.cache_clear()
+    probs = certain(np.ones((8, 9), int))
+    features, valid = np.zeros((5, 8, 9), np.float32), np.ones((8, 9), bool)
+    for _ in range(2):
+        assert solution.refine_with_crf(probs, features, valid, solution.Crf(**CRF)) is probs
+    assert capsys.readouterr().err.count("pydensecrf is not installed") == 1
