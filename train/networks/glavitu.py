@@ -127,7 +127,7 @@ class GlaViTU(nn.Module):
 
     Maslov et al. 2023 (IGARSS), arXiv 2401.15113, with transposed convolutions in place of enlarging and 2x2
     convolutions, which have as many weights and take a quarter of the work, and activations in the SETR's
-    decoder, as SETR has. `reports/glavitu.md` counts its parameters beside those of the published network.
+    decoder, as SETR has.
     """
 
     def __init__(
