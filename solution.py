@@ -1249,14 +1249,12 @@ def usable_device() -> torch.device:
 
 def cpu_quota() -> int:
     """Return the cores that the cgroup (version 2 or 1) grants, sys.maxsize where it sets no limit."""
+    cgroup = Path("/sys/fs/cgroup")
+    files = (cgroup / "cpu.max",), [cgroup / f"cpu/cpu.cfs_{part}_us" for part in ("quota", "period")]
     try:
-        if Path("/sys/fs/cgroup/cpu.max").is_file():
-            quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        else:
-            quota, period = (
-                Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{part}_us").read_text() for part in ("quota", "period")
-            )
-        return int(quota) // int(period) if int(quota) > 0 else sys.maxsize
+        found = files[0] if files[0][0].is_file() else files[1]
+        quota, period = (int(word) for path in found for word in path.read_text().split())
+        return quota // period if quota > 0 else sys.maxsize
     except (OSError, ValueError):  # no such files, or "max"
         return sys.maxsize
 
@@ -1312,11 +1310,8 @@ def share_of_time(until: float, part: float) -> float:
 
 
 class TimeBudget(NamedTuple):
-    """Seconds that a run may take.
-
-    A binding budget is kept even where tiles are left without any pass. One that nobody asked for may be
-    exceeded by the first passes, so that thousands of tiles still get their masks.
-    """
+    """Seconds that a run may take. A binding budget is kept even where tiles are left without any pass; one that
+    nobody asked for may be exceeded by first passes, so that thousands of tiles still get their masks."""
 
     seconds: float
     binding: bool
@@ -1327,21 +1322,15 @@ class TimeBudget(NamedTuple):
 
 
 def choose_budget(given: Optional[str], stored: float) -> TimeBudget:
-    """Return the time budget: `given`, else the environment's, else the one stored with the weights.
-
-    Raises:
-        InputError: it is no number of seconds above 0.
-    """
+    """Return the time budget: `given`, else the environment's, else the one stored with the weights."""
     asked = os.environ.get(TIME_BUDGET_VARIABLE) if given is None else given
-    if not asked:
-        return TimeBudget(stored, binding=False)
     try:
-        seconds = float(asked)
+        budget = TimeBudget(float(asked), True) if asked else TimeBudget(stored, False)
     except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
+        budget = TimeBudget(math.nan, True)
+    if not budget.seconds > 0:
         raise InputError(f"time budget {asked!r}: expected seconds above 0, or inf for no limit")
-    return TimeBudget(seconds, binding=True)
+    return budget
 
 
 # --- Writing --------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ CHANGES = {
     ),
     "CRF without its strengths": (
         lambda c: c["postprocess"].update(crf={"iterations": 5}),
-        "crf.*pack it again",
+        "Crf.*pack it again",
     ),
 }
 

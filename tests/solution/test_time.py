@@ -153,7 +153,7 @@ def test_every_window_of_a_scene_gets_its_share(clock):
 
 def test_a_short_budget_gives_every_tile_one_pass(clock, tiles, monkeypatch):
     model = slow_model(clock)
-    summary = run(monkeypatch, model, tiles, "5.5")
+    summary = run(monkeypatch, model, tiles, "7")
     assert set(summary.passes.values()) == {1} and not summary.faults
     assert {key: mask.tolist() for key, mask in summary.masks.items()} == {
         key: mask.tolist() for key, mask in masks_after(model, tiles, summary.passes).items()
@@ -183,7 +183,7 @@ def test_an_ample_budget_gives_what_none_gives(clock, tiles, monkeypatch):
 def test_where_not_even_one_pass_a_tile_fits_the_rest_is_background_and_named(
     clock, tiles, monkeypatch, capsys
 ):
-    summary = run(monkeypatch, slow_model(clock), tiles, "3")
+    summary = run(monkeypatch, slow_model(clock), tiles, "4.5")
     assert len(summary.masks) == 4 and sorted(summary.passes.values()) == [0, 0, 1, 1]
     assert len(summary.faults) == 2
     for key in summary.faults:
