@@ -77,8 +77,8 @@ export: setup ## the masks in MASKS as GeoTIFF and polygons for QGIS, into OUT; 
 	$(PY) -m train export --masks "$(MASKS)" --data "$(IN)" --out "$(OUT)"
 
 map: setup ## a Landsat 8/9 scene SCENE (folder or tar as USGS delivers it) to a glacier map in OUT
-	@test -n "$(SCENE)" -a -n "$(OUT)" || { echo "make map SCENE=<LC08_L2SP_... folder or tar> OUT=<folder>"; exit 2; }
-	$(PY) -m train map "$(SCENE)" --out "$(OUT)" --weights "$(WEIGHTS)"
+	@test -n "$(SCENE)" -a -n "$(OUT)" || { echo "make map SCENE=<LC08_L2SP_... folder or tar> OUT=<folder> [AOI=<outline>]"; exit 2; }
+	$(PY) -m train map "$(SCENE)" --out "$(OUT)" --weights "$(WEIGHTS)" $(if $(AOI),--aoi "$(AOI)")
 
 ##@ Train on your tiles: each does what it needs before
 

@@ -6,8 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from prep.competition import PHASE_OPTIONS
 from prep.text import plural
 from solution import InputError, find_weights
+from train.masks.files import VALUES_OPTIONS
+from train.masks.score import format_scores, score_masks, write_scores
 
 
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +33,42 @@ def run_preview(arguments: argparse.Namespace) -> int:
         raise InputError("nothing to draw over the tiles; give --masks FOLDER, --weights model.pth, or both")
     written = write_quicklooks(arguments.data, arguments.out, arguments.masks, arguments.weights)
     print(f"{written[-1]}: contact sheet; {plural(len(written), 'picture')} in all")
+    return 0
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `evaluate`."""
+    parser.add_argument("--pred", type=Path, required=True, help="folder of masks of any origin, PNG or TIFF")
+    parser.add_argument(
+        "--labels", type=Path, required=True, help="folder of labels, or with label folders in it"
+    )
+    parser.add_argument(
+        "--phase", choices=tuple(PHASE_OPTIONS), default="auto", help="of the labels (auto: by their values)"
+    )
+    parser.add_argument(
+        "--values",
+        choices=tuple(VALUES_OPTIONS),
+        default="auto",
+        help="classes: masks hold 0, 85, 170, 255; extent: 0 and 255, glacier of either kind",
+    )
+    parser.add_argument("--data", type=Path, help="Band1 ... Band5: scores without nodata as well")
+    parser.add_argument("--tiles", type=lambda text: text.split(","), default=[], help="e.g. 02_07,03_11")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Score a folder of masks as the organisers do."""
+    scores = score_masks(
+        arguments.pred,
+        arguments.labels,
+        phase=PHASE_OPTIONS[arguments.phase],
+        values=VALUES_OPTIONS[arguments.values],
+        data=arguments.data,
+        tiles=arguments.tiles,
+    )
+    print(format_scores(scores))
+    if arguments.json:
+        write_scores(scores, arguments.json)
     return 0
 
 

@@ -27,7 +27,6 @@ from train.objective import (
     score_tiles,
 )
 
-LABEL_FOLDERS = ("label", "label_phase2")  # of a tile that has both, phase 2 is taken
 TASKS = ("four_class", "binary")
 TASK_NAMES = {"four_class": "four classes", "binary": "glacier extent"}
 
@@ -92,14 +91,14 @@ def score_masks(
 
 
 def read_label_set(folder: Path, phase: Optional[str]) -> Labels:
-    """Return the labels of a folder, or of label/ and label_phase2/ in it.
+    """Return the labels of a folder, or of label/, label_partial/ and label_phase2/ in it.
 
     Raises:
         InputError: there are none, or some cannot be right.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected label files, or label/ and label_phase2/")
-    inside = [folder / name for name in LABEL_FOLDERS if (folder / name).is_dir()]
+    inside = [folder / name for name in label_files.LABEL_FOLDERS if (folder / name).is_dir()]
     labels = label_files.read_labels(inside or [folder], phase)
     raise_problems(labels.problems)
     if not labels.files:
