@@ -12,7 +12,9 @@ from prep.labels import IGNORE
 from solution import BANDS
 from train.config import AugmentConfig
 
-BRIGHTEST = 1.6  # reflectance of the largest stored number, which fresh snow reaches: no band saturates above it
+BRIGHTEST = (
+    1.6  # reflectance of the largest stored number, which fresh snow reaches: no band saturates above it
+)
 
 
 class Tile(NamedTuple):
@@ -38,7 +40,7 @@ class Draw(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """`values` (S, S, 5) float32, normalised, NaN where nodata; `codes` (S, S) uint8, IGNORE where nodata."""
+    """`values` (S, S, C) float32, the bands first, NaN where nodata; `codes` (S, S) uint8, IGNORE where nodata."""
 
     values: np.ndarray
     codes: np.ndarray
@@ -52,7 +54,7 @@ def cut(tile: Tile, draw: Draw, size: int, rng: np.random.Generator) -> Crop:
     height, width = tile.codes.shape
     top = _shift_inside(draw.row - int(rng.integers(size)), size, height)
     left = _shift_inside(draw.col - int(rng.integers(size)), size, width)
-    values = np.full((size, size, len(BANDS)), np.nan, np.float32)
+    values = np.full((size, size, tile.values.shape[-1]), np.nan, np.float32)
     codes = np.full((size, size), IGNORE, np.uint8)
     source = np.s_[max(top, 0) : top + size, max(left, 0) : left + size]
     rows, cols = tile.codes[source].shape
@@ -75,13 +77,14 @@ def cut_affine(tile: Tile, draw: Draw, size: int, config: AugmentConfig, rng: np
     """
     matrix = _affine(tile.codes.shape, draw, size, config, rng)
     # one bit a band, so that one nearest warp does for all; weights are 0 and 1, and float32 products fast
-    bits = tile.weights @ (2.0 ** np.arange(len(BANDS))).astype(np.float32)  # (H, W)
+    channels = tile.weights.shape[-1]
+    bits = tile.weights @ (2.0 ** np.arange(channels)).astype(np.float32)  # (H, W)
     bits = _warp(bits, matrix, size, cv2.INTER_NEAREST, 0).astype(np.uint8)
     codes = _warp(tile.codes, matrix, size, cv2.INTER_NEAREST, IGNORE)
     sums = _warp(tile.values, matrix, size, cv2.INTER_LINEAR, 0)
     weights = _warp(tile.weights, matrix, size, cv2.INTER_LINEAR, 0)
-    has_value = np.unpackbits(bits[..., None], axis=-1, count=len(BANDS), bitorder="little").view(bool)
-    has_value &= weights > 1e-3  # (S, S, 5)
+    has_value = np.unpackbits(bits[..., None], axis=-1, count=channels, bitorder="little").view(bool)
+    has_value &= weights > 1e-3  # (S, S, C)
     values = np.divide(sums, weights, out=np.full_like(sums, np.nan), where=has_value)
     codes[~has_value.any(axis=-1)] = IGNORE
     return Crop(values, codes)
@@ -125,7 +128,9 @@ def flip_and_turn(crop: Crop, config: AugmentConfig, rng: np.random.Generator) -
 def jitter(
     values: np.ndarray, normalization: dict, config: AugmentConfig, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return (..., 5) normalised values with gain, offset and illumination changed, then saturated; NaN stays NaN.
+    """Return (..., C) values, bands first, with gain, offset and illumination changed, then saturated; NaN stays.
+
+    Channels after the bands are left alone.
 
     Gains act on reflectance itself, as light does: a reflectance of 0 stays 0. Temperatures have no such
     zero; their gain acts on the deviation from the training mean, and illumination leaves them alone. Of what
@@ -138,12 +143,13 @@ def jitter(
     offset = rng.uniform(-config.offset, config.offset, len(BANDS))
     # ((x * std + mean) * gain - mean) / std for reflectance, x normalised
     offset += np.where(reflective, (gain - 1) * mean / std, 0.0)
-    changed = values * gain.astype(np.float32) + offset.astype(np.float32)
+    bands, others = np.split(values, [len(BANDS)], axis=-1)
+    changed = bands * gain.astype(np.float32) + offset.astype(np.float32)
     if config.saturate > 0:
         largest = rng.uniform(config.saturate, BRIGHTEST)
         limits = np.where(reflective, (largest - mean) / std, np.inf)
         changed = np.minimum(changed, limits.astype(np.float32))
-    return changed
+    return np.concatenate([changed, others], axis=-1) if others.size else changed
 
 
 def paste_rectangle(crop: Crop, other: Crop, rng: np.random.Generator) -> Crop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, NamedTuple, Optional
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from prep.labels import CODE_NAMES, IGNORE
 from prep.stats import compute
 from prep.store import SPLIT_SCHEME, TileStore
-from solution import KitError, normalize, valid_mask
+from solution import BANDS, KitError, normalize, valid_mask
 from train.augment import Crop, Draw, Tile, cut, cut_affine, flip_and_turn, jitter, paste_rectangle
 from train.config import AugmentConfig, Config, DataConfig
 from train.hardware import process_number
@@ -137,7 +137,7 @@ class CropDataset(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return image (C, S, S) float32 with nodata 0, and codes (S, S) uint8."""
+        """Return image (C, S, S) float32, bands with nodata 0, and codes (S, S) uint8."""
         epoch, number = divmod(index, self.length)
         rng = np.random.default_rng([self.seed, epoch, number])
         draw = self.pixels.draw(rng)
@@ -145,7 +145,7 @@ class CropDataset(Dataset):
         if self.mix > 0 and rng.random() < self.mix:
             crop = paste_rectangle(crop, self._crop_of_another_tile(draw.tile, rng), rng)
         image = np.ascontiguousarray(crop.values.transpose(2, 0, 1))
-        image[np.isnan(image)] = 0
+        image[: len(BANDS)] = np.nan_to_num(image[: len(BANDS)])  # what follows the bands keeps its NaN
         return torch.from_numpy(image), torch.from_numpy(np.ascontiguousarray(crop.codes))
 
     def _crop_of_another_tile(self, tile: int, rng: np.random.Generator) -> Crop:
@@ -230,8 +230,15 @@ class FoldData(NamedTuple):
     val_loader: DataLoader
 
 
-def open_fold(config: Config, fold: Fold, normalization: Optional[dict] = None) -> FoldData:
+def open_fold(
+    config: Config,
+    fold: Fold,
+    normalization: Optional[dict] = None,
+    training_tiles: Callable[[TileStore, list[str], dict], Tiles] = Tiles,
+) -> FoldData:
     """Open a fold's tiles, normalised by the statistics of its training tiles alone, or by those given.
+
+    `training_tiles` makes those that crops are drawn from, which may carry channels after the bands.
 
     Where ALL holds out none, one of those trained on is validated: weights are recorded after a validation.
 
@@ -243,7 +250,8 @@ def open_fold(config: Config, fold: Fold, normalization: Optional[dict] = None) 
         # stats.json of a store with training and validation ids is that of its training tiles
         statistics = store.stats if config.data.scheme == SPLIT_SCHEME else compute(store, train_ids)
         normalization = {"mean": statistics["mean"], "std": statistics["std"]}
-    tiles, shown = (Tiles(store, ids, normalization) for ids in (train_ids, val_ids or train_ids[:1]))
+    tiles = training_tiles(store, train_ids, normalization)
+    shown = Tiles(store, val_ids or train_ids[:1], normalization)
     dataset = CropDataset(tiles, config.data, config.augment, config.train.seed)
     train_loader = DataLoader(
         dataset,
