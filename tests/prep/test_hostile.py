@@ -8,8 +8,6 @@ import struct
 import zlib
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 from fuzz import kills, runs
 
@@ -137,17 +135,3 @@ def test_a_folder_that_a_living_process_fills_is_left_alone(out):
             assert first.folder.is_dir()
             raise ValueError("stop")
         assert first.folder.is_dir()
-
-
-def test_an_older_store_elsewhere_is_no_business_of_this_one(data, out):
-    (out.parent / ".store2-building-abcd").mkdir(parents=True)
-    assert run_main(data, out)[0] == 0
-    assert [path.name for path in kills.hidden(out.parent)] == [".store2-building-abcd"]
-
-
-def test_a_png_of_the_usual_kind_is_read(data, out):
-    (data / "label" / "img001.tif").unlink()
-    label = np.zeros((32, 32), np.uint8)
-    label[:9] = 255
-    cv2.imwrite(str(data / "label" / "img001.png"), label)
-    assert run_main(data, out)[0] == 0

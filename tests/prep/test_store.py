@@ -54,26 +54,6 @@ def test_a_store_reads_back_as_written(tmp_path):
     assert opened.fold_of("spatial") == FOLDS["spatial"]
 
 
-def test_nothing_but_the_store_is_left_beside_it(tmp_path):
-    write_store(tmp_path / "deep" / "tiles")
-    assert left_over(tmp_path / "deep") == ["tiles"]
-    assert left_over(tmp_path / "deep" / "tiles") == [
-        "folds.json",
-        "images",
-        "masks",
-        "stats.json",
-        "store.json",
-        "tiles.csv",
-    ]
-
-
-def test_an_error_while_building_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), store.create(tmp_path / "tiles") as writer:
-        writer.write_tile("001", *make_tile(0))
-        raise ZeroDivisionError
-    assert left_over(tmp_path) == []
-
-
 def test_an_error_while_building_keeps_the_older_store(tmp_path):
     write_store(tmp_path / "tiles", ["001"])
     with pytest.raises(ZeroDivisionError), store.create(tmp_path / "tiles"):
@@ -106,6 +86,16 @@ def test_refuse_existing_names_the_option(tmp_path):
         store.refuse_existing(tmp_path / "tiles")
 
 
+def test_the_fingerprint_is_that_of_store_json_where_it_has_one(tmp_path):
+    write_store(tmp_path / "tiles")
+    assert store.TileStore(tmp_path / "tiles").fingerprint is None
+    (tmp_path / "tiles" / "store.json").write_text('{"fingerprint": "abc"}')
+    assert store.TileStore(tmp_path / "tiles").fingerprint == "abc"
+    (tmp_path / "tiles" / "stats.json").write_text("{")
+    with pytest.raises(store.StoreError, match=r"stats\.json is damaged"):
+        store.TileStore(tmp_path / "tiles")
+
+
 def test_image_and_mask_must_fit_each_other(tmp_path):
     with pytest.raises(store.StoreError, match="001"), store.create(tmp_path / "tiles") as writer:
         writer.write_tile("001", np.zeros((4, 4, 5)), np.zeros((4, 5), np.uint8))
@@ -119,22 +109,10 @@ def test_a_missing_part_is_named_with_the_remedy(tmp_path, part):
         store.TileStore(tmp_path / "tiles")
 
 
-def test_a_missing_store_is_named_with_the_remedy(tmp_path):
-    with pytest.raises(store.StoreError, match="nowhere.*make prep"):
-        store.TileStore(tmp_path / "nowhere")
-
-
 def test_a_missing_image_is_named(tmp_path):
     write_store(tmp_path / "tiles")
     (tmp_path / "tiles" / "images" / "001.npy").unlink()
     with pytest.raises(store.StoreError, match=r"images/001\.npy"):
-        store.TileStore(tmp_path / "tiles")
-
-
-def test_damaged_json_is_named(tmp_path):
-    write_store(tmp_path / "tiles")
-    (tmp_path / "tiles" / "stats.json").write_text("{")
-    with pytest.raises(store.StoreError, match=r"stats\.json is damaged"):
         store.TileStore(tmp_path / "tiles")
 
 
