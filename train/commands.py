@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prep.store import TileStore
 from solution import read_model_file
-from train.config import Config, load_config, members_of
+from train.config import Config, ConfigError, load_config, members_of
 from train.run import ALL, KIND_FOLDER, parse_folds
 
 RECIPE = Path("train/recipe.yaml")
@@ -46,8 +46,10 @@ def run_fit(arguments: argparse.Namespace) -> int:
     from train.side_by_side import Job, fit_jobs
 
     config = read_recipe(arguments)
-    jobs = []
-    for name, (member, settings) in members_of(config).items():
+    members, jobs = members_of(config), []
+    if arguments.member not in (None, *members):
+        raise ConfigError(f"--member is {arguments.member!r}, expected one of {', '.join(members)}")
+    for name, (member, settings) in members.items():
         if arguments.member in (None, name):
             folds = arguments.folds or [f for f in kind.kind_folds(config) if f != ALL or member.ship == ALL]
             jobs += [Job(settings, arguments.run / name, fold) for fold in folds]
@@ -130,5 +132,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if assemble(content) != SOLUTION.read_text(encoding="utf-8"):
         beside = arguments.out.with_name("solution.py")
         write_solution(content, beside)
-        print(f"{beside} written: this model needs it in the place of the kit's own (make submission takes it)")
+        print(
+            f"{beside} written: this model needs it in the place of the kit's own (make submission takes it)"
+        )
     return 0

@@ -252,10 +252,15 @@ def members_of(config: Config) -> dict[str, tuple[MemberConfig, Config]]:
     """
     groups = {name: value for name, value in to_dict(config).items() if name in NETWORK_GROUPS}
     plain = from_dict(groups, "recipe")
-    members = config.members or {"unet": MemberConfig()}
-    return {
-        name: (m, change_config(plain, m.settings, f"members.{name}.settings")) for name, m in members.items()
-    }
+    members: dict[str, tuple[MemberConfig, Config]] = {}
+    for name, member in (config.members or {"unet": MemberConfig()}).items():
+        settings = change_config(plain, member.settings, f"members.{name}.settings")
+        turned = settings.augment.flip and settings.augment.rot90
+        _require(
+            member.views == 1 or turned, f"members.{name}.views", member.views, "1 without flip and rot90"
+        )
+        members[name] = member, settings
+    return members
 
 
 def save_config(config: Config, path: Union[str, Path]) -> None:

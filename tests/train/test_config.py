@@ -187,6 +187,7 @@ def test_members_differ_from_the_recipe_by_their_settings():
         ({"views": 7}, r"members\.a\.views is 7, expected 1 to 6"),
         ({"ship": "best"}, r"members\.a\.ship is 'best', expected folds or all"),
         ({"weight": 0}, r"members\.a\.weight is 0.0, expected more than 0"),
+        ({"views": 2}, r"members\.a\.views is 2, expected 1 without flip and rot90"),
         ({"settings": {"optim": {"rate": 1}}}, r"members\.a\.settings: unknown key 'optim\.rate'"),
         ({"settings": {"train": {"epochs": 0}}}, r"train\.epochs is 0"),
     ],
