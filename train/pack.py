@@ -177,7 +177,11 @@ def provenance(store: TileStore, command: str) -> dict[str, Any]:
         "labels": store.labels,
         "lake_km2": sum(tile.counts["lake"] for tile in store.tiles) * 0.0009,
         "command": command,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "smp": str(smp.__version__)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "smp": str(smp.__version__),
+        },
     }
 
 
