@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from support import PROJECT
-from train_helpers import SMOKE, make_store
+from train_helpers import smoke_config
 
 from prep.store import locked
-from train.config import load_config
-from train.fit import RunError, fit_fold
+from train.fit import fit_fold
+from train.run import RunError
 
 
 @pytest.mark.slow
@@ -25,9 +25,8 @@ def test_killed_runs_leave_whole_files_and_the_next_run_ends_alike():
     assert len(re.findall(r": [1-9]\d* kills, ", ended.stdout)) == 4, ended.stdout
 
 
-def test_a_fold_is_trained_by_one_process(tmp_path):
-    config = load_config(SMOKE, [f"data.store={make_store(tmp_path / 'store', size=64)}"])
+def test_a_fold_is_trained_by_one_process(store, tmp_path):
     (tmp_path / "run" / "fold0").mkdir(parents=True)
     with locked(tmp_path / "run" / "fold0"), pytest.raises(RunError, match="another process trains it"):
-        fit_fold(config, 0, tmp_path / "run")
+        fit_fold(smoke_config(store), 0, tmp_path / "run")
     assert list((tmp_path / "run" / "fold0").iterdir()) == []
