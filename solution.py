@@ -1215,7 +1215,7 @@ def load_model(path: PathLike) -> Model:
                 f"{len(members)} members and one of {len(VIEWS)} views, both from 0, in seconds > 0"
             )
         return Model(members, kind, passes, Postprocess(**steps), time_budget, device, {})
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {first_line(error)}; pack it again with `python -m train pack`") from error
 
 

@@ -215,7 +215,7 @@ def model_card(content: Mapping, path: Path, scores: Sequence[str]) -> str:
 {len(members)} networks of the extent in {len(content["passes"])} passes, and one of the kind of glacier.
 
 - Networks: {"; ".join(sorted(networks))}; KindNet {content["kind"]["arch"]["args"]}
-- Weights: SHA-256 {sha256(path)}
+- Weights: SHA-256 `{sha256(path)}`
 - Size: {path.stat().st_size / 1e6:.1f} MB (float16)
 - Folds: {", ".join(str(m["fold"]) for m in members)}; a network of a fold has not seen the fold's tiles
 - Tiles: {len(labels)} ({", ".join(about["labels"])}), fingerprint {about["fingerprint"]}

@@ -21,7 +21,7 @@ def test_the_recipe_in_the_weights_is_that_of_the_file(tmp_path):
 
 def test_the_card_is_of_these_weights():
     card = (PROJECT / "weights" / "model_card.md").read_text(encoding="utf-8")
-    assert re.findall(r"SHA-256 ([0-9a-f]{64})", card) == [sha256(MODEL)]
+    assert re.findall(r"SHA-256 `([0-9a-f]{64})`", card) == [sha256(MODEL)]
     assert f"`{CONTENT['provenance']['command']}`" in card
 
 

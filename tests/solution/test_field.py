@@ -296,7 +296,8 @@ def test_a_closed_standard_error_costs_nothing(tmp_path):
     write_tile(tmp_path / "in", "001", numbers())
     weights = write_model(tmp_path / "model.pth")
     command = f"{sys.executable} solution.py {tmp_path / 'in'} {tmp_path / 'out'} --weights {weights} 2>&-"
-    ended = subprocess.run(command, shell=True, cwd=support.PROJECT, stdout=subprocess.PIPE, timeout=300)
+    shell = ["bash", "-c", command]
+    ended = subprocess.run(shell, cwd=support.PROJECT, stdout=subprocess.PIPE, timeout=300)
     assert ended.returncode == 0 and ended.stdout == b""
     assert cv2.imread(str(tmp_path / "out" / "img001.png"), -1).any()
 
