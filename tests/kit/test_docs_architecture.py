@@ -1,6 +1,5 @@
-"""docs/add-an-architecture.md is followed to the letter: its code, its configuration and its commands."""
+"""docs/add-an-architecture.md is followed to the letter: its module, its recipe, and the solution.py of its model."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -9,75 +8,61 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pytest
 from support import PROJECT, scene_numbers, write_tile
 from train_helpers import make_store
 
 PAGE = PROJECT / "docs" / "add-an-architecture.md"
-# The page trains at full length; a test of it takes the steps of train/configs/smoke.yaml.
-SHORT = "data.crop=64 data.batch_size=2 data.steps_per_epoch=2 optim.warmup_steps=1 train.epochs=1"
-# Runs the commands of standard input one after the other, as a shell would, but imports PyTorch once.
+SHORT = [
+    "data.scheme=stratified",
+    "data.crop=64",
+    "data.batch_size=2",
+    "data.steps_per_epoch=1",
+    "train.epochs=1",
+]
+# What `make train-all` and `make submission` run, in one process so that PyTorch is imported once.
 DRIVER = """
-import runpy, shlex, sys
-for line in sys.stdin.read().splitlines():
-    words = shlex.split(line)[1:]
-    module = words[0] == "-m"
-    sys.argv = words[1:] if module else words
-    try:
-        if module:
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            sys.exit(f"{line}: exit status {end.code}")
+import sys
+from pathlib import Path
+from train.__main__ import main
+from solution import read_model_file
+from train.submit.assemble import write_solution
+for command in ("fit", "score", "pack"):
+    out = ["--out", "bare/model.pth"] if command == "pack" else []
+    status = main([command, "--recipe", "mine.yaml", "--run", "runs/mine", *out, *sys.argv[1:]])
+    assert status == 0, command
+write_solution(read_model_file("bare/model.pth"), Path("bare/solution.py"))
 """
 
 
 def code_block(language: str) -> str:
     """Return the page's one code block of a language."""
-    found = re.findall(
-        rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    assert len(found) == 1
-    return found[0]
+    text = PAGE.read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return found
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """Return a copy of the kit with a tile store and two tiles to segment."""
+def run(arguments: list, folder: Path) -> str:
+    """Return what a Python command prints that is run in a folder."""
+    ended = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout
+
+
+def test_the_three_steps_end_in_masks(tmp_path: Path) -> None:
     kit = tmp_path / "kit"
-    kit.mkdir()
-    shutil.copy(PROJECT / "solution.py", kit)
     for package in ("prep", "train"):
         shutil.copytree(PROJECT / package, kit / package, ignore=shutil.ignore_patterns("__pycache__"))
-    make_store(kit / "data" / "competition")
-    for index in range(2):
-        write_tile(kit / "data" / "tiles", f"{index + 1:03d}", scene_numbers(index))
-    return kit
-
-
-def test_the_three_steps_end_in_masks(clone: Path) -> None:
-    source = (clone / "solution.py").read_text(encoding="utf-8")
-    before = "def build_network("
-    assert source.count(before) == 1
-    with_network = source.replace(before, f"{code_block('python')}\n\n{before}")
-    (clone / "solution.py").write_text(with_network, encoding="utf-8")
-    (clone / "train" / "configs" / "plainnet.yaml").write_text(code_block("yaml"), encoding="utf-8")
-    commands = code_block("sh").splitlines()
-    assert commands[0].startswith("python -m train fit")
-    commands[0] += f" {SHORT}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    run = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, '')\n" + DRIVER],
-        cwd=clone,
-        input="\n".join(commands),
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "out-of-fold MCC" in run.stdout
-    masks = sorted((clone / "data" / "masks").iterdir())
-    assert [path.name for path in masks] == ["img001.png", "img002.png"]
-    assert np.isin(cv2.imread(str(masks[0]), cv2.IMREAD_UNCHANGED), (0, 85, 170, 255)).all()
+    shutil.copy(PROJECT / "solution.py", kit)
+    make_store(kit / "data" / "competition", size=64)
+    (kit / "train" / "networks" / "plainnet.py").write_text(code_block("python"), encoding="utf-8")
+    (kit / "mine.yaml").write_text(code_block("yaml"), encoding="utf-8")
+    (kit / "bare").mkdir()
+    (kit / "driver.py").write_text(DRIVER)
+    assert "extent MCC, out of fold" in run(["driver.py", *SHORT], kit)
+    assert "class PlainNet" in (kit / "bare" / "solution.py").read_text(encoding="utf-8")
+    assert "class PlainNet" not in (kit / "solution.py").read_text(encoding="utf-8")
+    bare = (kit / "bare").rename(tmp_path / "bare")
+    write_tile(tmp_path / "tiles", "001", scene_numbers(0))
+    run(["solution.py", str(tmp_path / "tiles"), str(tmp_path / "masks")], bare)
+    mask = cv2.imread(str(tmp_path / "masks" / "img001.png"), cv2.IMREAD_UNCHANGED)
+    assert np.isin(mask, (0, 85, 170, 255)).all()
