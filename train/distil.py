@@ -143,16 +143,13 @@ class StudentModule(SegmentationModule):
         return share * teacher_loss(logits, taught) + (1 - share) * self.loss(logits, codes)
 
 
-STUDENT = Method(open_taught, StudentModule)
-
-
 def fit_students(config: Config, run_dir: Path, folds: Optional[Sequence[Fold]] = None) -> None:
     """Train the students of a recipe and its network of the kind, by default all that the recipe needs."""
     if not config.distil.teachers:
         raise ConfigError("distil.teachers is [], expected folders of runs: give --teacher runs/recipe")
     for name, (member, settings) in members_of(config).items():
         chosen = folds or [fold for fold in kind.kind_folds(config) if fold != ALL or member.ship == ALL]
-        fit_folds(settings, run_dir / name, chosen, STUDENT)
+        fit_folds(settings, run_dir / name, chosen, Method(open_taught, StudentModule))
         for path in (run_dir / name).glob(f"fold*/{ANSWERS_FOLDER}/*.npy"):
             path.unlink()  # of no more use
     kind.fit_kind(config, run_dir / KIND_FOLDER, folds or kind.kind_folds(config))
