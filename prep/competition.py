@@ -102,7 +102,9 @@ def fingerprint(tiles: Sequence[TileFiles], labels: Labels) -> str:
         label = labels.files.get(tile.tile_id)
         for path in (*tile.paths, label.path if label else None):
             found = sha256(path) if path and path.is_file() else "none"
-            digest.update(f"{tile.tile_id} {found} {labels.phases.get(tile.tile_id)}\n".encode())
+            digest.update(
+                f"{tile.tile_id} {found} {labels.phases.get(tile.tile_id)}\n".encode(errors="surrogateescape")
+            )
     return digest.hexdigest()[:16]
 
 

@@ -14,7 +14,11 @@ from prep.labels import GLACIER_OR_DEBRIS
 from solution import CLASS_NAMES, CLASS_VALUES, MOST_PIXELS, TIFF_SUFFIXES, TileError, decode_tiff, tile_id
 
 # Label folders and what they hold, None to tell it by the values. Of two labels of a tile the later folder's is read.
-LABEL_FOLDERS: dict[str, Optional[str]] = {"label": None, "label_partial": "partial", "label_phase2": "phase2"}
+LABEL_FOLDERS: dict[str, Optional[str]] = {
+    "label": None,
+    "label_partial": "partial",
+    "label_phase2": "phase2",
+}
 LABEL_SUFFIXES = (*TIFF_SUFFIXES, ".png")
 PHASES = ("phase1", "partial", "phase2")
 KIND_UNKNOWN = 127  # value of a glacier in label_partial/ whose kind nobody has mapped

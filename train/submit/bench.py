@@ -43,7 +43,7 @@ STAGES = {
     "views, ensemble, decision": "predict_classes",
 }
 FORWARD, OTHERWISE = "forward passes", "everything else"
-ASIDE = {"reading": "read_checked", "writing": "save_mask"}  # in threads of their own, while the passes run
+ASIDE = {"reading": "read_placed", "writing": "save_mask"}  # in threads of their own, while the passes run
 COMPARED = ("tiles", "size", "passes", "cores")  # two runs are compared where these are the same
 
 

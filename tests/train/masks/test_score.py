@@ -198,13 +198,9 @@ def test_command_prints_a_table_and_writes_json(masks, labels, tmp_path, capsys)
         assert word in printed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--pred", "nowhere", "--labels", "nowhere"], "nowhere: no such folder"),
-        (["--pred", "nowhere"], "give --labels FOLDER"),
-    ],
-)
-def test_command_says_what_is_missing(arguments, message, capsys):
-    assert main(["evaluate", *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_command_says_what_is_missing(capsys):
+    assert main(["evaluate", "--pred", "nowhere", "--labels", "nowhere"]) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--pred", "nowhere"])
+    assert "--labels" in capsys.readouterr().err
