@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -14,7 +15,7 @@ import cv2
 import numpy as np
 import rasterio
 import tifffile
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from shapely import Polygon
 from tqdm import tqdm
 
@@ -178,11 +179,14 @@ def _write_tiles(
 
 
 def outlines_of(tiles: Sequence[TileFiles]) -> dict[str, Polygon]:
-    """Return the ground of each tile whose first band says where it lies, longitude and latitude."""
+    """Return the ground of each tile whose first band says where it lies, longitude and latitude.
+
+    Files that GDAL cannot open, by their names or as they are, have no known ground.
+    """
     found = {}
     for tile in tiles:
         assert tile.paths[0] is not None, "tiles without a first band are no longer here"
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), suppress(RasterioIOError, UnicodeError):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(tile.paths[0]) as file:
                 if file.crs:
