@@ -83,7 +83,7 @@ def prepare(
     tiles = find_tiles(Path(data))
     labels = read_labels(Path(data), phase)
     source = fingerprint(tiles, labels)
-    if not overwrite and is_current(Path(out), source):
+    if not overwrite and is_current(Path(out), source, seed):
         there = store.TileStore(out)
         print(f"{out} is up to date: made of the same files")
         return Summary(Path(out), there.tiles, there.stats, there.folds)
@@ -109,15 +109,21 @@ def fingerprint(tiles: Sequence[TileFiles], labels: Labels) -> str:
     return digest.hexdigest()[:16]
 
 
-def is_current(out: Path, source: str) -> bool:
+def is_current(out: Path, source: str, seed: int) -> bool:
     """Return whether `out` is a store of the files with the fingerprint `source`; False where nothing is there.
 
-    Raises StoreError where it is a store of other files, or something else.
+    Raises StoreError where it is a store of other files or another seed, or something else.
     """
     if not (out / store.STORE_FILE).is_file():
         store.refuse_existing(out)
         return False
-    found = store.TileStore(out).fingerprint
+    there = store.TileStore(out)
+    found = there.fingerprint
+    if there.folds.get("seed") != seed:
+        raise store.StoreError(
+            f"{out} has folds of seed {there.folds.get('seed')}, asked for is {seed}. Pass --overwrite to replace "
+            "it, or name another --out"
+        )
     if found != source:
         raise store.StoreError(
             f"{out} was made of files with the fingerprint {found}, these have {source}: other tiles or labels. "

@@ -25,7 +25,7 @@ from solution import (
     load_state,
     merge_batchnorms,
 )
-from train.config import Config, ConfigError, members_of, to_text
+from train.config import Config, ConfigError, differing_keys, from_dict, members_of, to_text
 from train.networks import network_class
 from train.objective import score_intervals, score_tiles
 from train.predict import predict_run
@@ -99,11 +99,18 @@ def stored_members(run_dir: Path, config: Config) -> tuple[list[dict[str, Any]],
     """
     members: list[dict[str, Any]] = []
     views: list[int] = []
-    for name, (member, _) in members_of(config).items():
+    for name, (member, settings) in members_of(config).items():
         folder = run_dir / name
         records = (
             [read_fold(fold_folder(folder, ALL) / FOLD_FILE)] if member.ship == "all" else read_folds(folder)
         )
+        for record in records:
+            keys = differing_keys(settings, from_dict(record["config"], f"{folder}, fold {record['fold']}"))
+            if keys:
+                raise RunError(
+                    f"{folder}, fold {record['fold']}: was trained with other settings than the recipe in "
+                    f"{', '.join(keys)}; name the recipe of this run, or another --run"
+                )
         if member.views > 1 and records[0]["views"] < member.views:
             raise ConfigError(
                 f"members.{name}.views is {member.views}, but its training did not flip and turn the crops; set "
