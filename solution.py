@@ -1184,7 +1184,10 @@ def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
     arch, statistics = stored["arch"], stored["normalization"]
     if any(len(statistics[key]) != len(BANDS) for key in ("mean", "std")):
         raise InputError(f"{source}: normalization {statistics}, expected mean and std of {len(BANDS)} bands")
-    network = KindNet(**arch["args"]) if arch["name"] == "KindNet" else build_network(arch)
+    try:
+        network = KindNet(**arch["args"]) if arch["name"] == "KindNet" else build_network(arch)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     load_state(network, stored["state_dict"], source)
     merge_batchnorms(network.requires_grad_(False).eval(), stored.get("batchnorms", ()))
     network = network.to(device).to(memory_format=torch.channels_last)

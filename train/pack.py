@@ -25,7 +25,7 @@ from solution import (
     load_state,
     merge_batchnorms,
 )
-from train.config import Config, ConfigError, differing_keys, from_dict, members_of, to_text
+from train.config import Config, differing_keys, from_dict, members_of, to_text
 from train.networks import network_class
 from train.objective import score_intervals, score_tiles
 from train.predict import predict_run
@@ -111,11 +111,6 @@ def stored_members(run_dir: Path, config: Config) -> tuple[list[dict[str, Any]],
                     f"{folder}, fold {record['fold']}: was trained with other settings than the recipe in "
                     f"{', '.join(keys)}; name the recipe of this run, or another --run"
                 )
-        if member.views > 1 and records[0]["views"] < member.views:
-            raise ConfigError(
-                f"members.{name}.views is {member.views}, but its training did not flip and turn the crops; set "
-                "augment.flip and augment.rot90, or views: 1"
-            )
         members += [as_stored(record, member.weight / len(records)) for record in records]
         views += [member.views] * len(records)
     passes = [
