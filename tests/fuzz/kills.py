@@ -27,7 +27,7 @@ from fuzz import rasters, runs
 from prep.__main__ import main as prep_main
 from prep.store import TileStore
 from prep.synthetic.hkh import LABELS_FILE, SCENES_FOLDER, write_hkh_sample
-from train.config import load_config
+from train.config import load_config, members_of
 from train.fit import fit_fold
 from train.run import FOLD_FILE, RESUME_FILE
 
@@ -290,9 +290,9 @@ def kill_training(seed: int, kills: int, work: Path) -> Killed:
     rng = np.random.default_rng([seed, 4])
     killed = Killed(kills, rng)
     store, said = make_store(work / "kill-fold-store", size=64), work / "kill-said"
-    smoke = Path(solution.__file__).parent / "train" / "configs" / "smoke.yaml"
+    smoke = Path(solution.__file__).parent / "train" / "recipes" / "smoke.yaml"
     settings = [f"data.store={store}", "train.epochs=4", "data.steps_per_epoch=1", "data.crop=32"]
-    config = load_config(smoke, settings)
+    config = members_of(load_config(smoke, settings))["north"][1]
     folder = work / "kill-run"
 
     def run() -> int:
@@ -331,4 +331,4 @@ def training_result(path: Path) -> tuple:
     digest = hashlib.sha256()
     for name, tensor in sorted(record["state_dict"].items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return record["val_mcc"], record["val_mcc4"], record["epochs"], digest.hexdigest()
+    return record["val_mcc"], record["epochs"], digest.hexdigest()
