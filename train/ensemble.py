@@ -19,18 +19,16 @@ from prep.store import TileStore
 from prep.text import markdown_table
 from solution import (
     Crf,
-    class_probabilities,
     clean_classes,
     decide_classes,
     normalize,
     refine_with_crf,
     valid_mask,
 )
-from train import kind
 from train.config import Config, MemberConfig, PostprocessConfig, members_of
 from train.objective import Interval, TileCounts, count_tiles, difference_intervals, score_intervals
-from train.predict import extent_out_of_fold, load_views, score_inputs
-from train.run import KIND_FOLDER, read_folds
+from train.predict import extent_out_of_fold, load_views, probabilities_out_of_fold, score_inputs
+from train.run import read_folds
 
 EXTENT_BIASES = tuple(round(0.1 * step, 1) for step in range(-10, 11))
 DEBRIS_BIASES = tuple(0.25 * step for step in range(-4, 13))
@@ -76,9 +74,8 @@ class Evidence:
 
     def classes(self, tile: str, extent: torch.Tensor, steps: PostprocessConfig) -> np.ndarray:
         """Return class indices (H, W) uint8 of a tile, as `solution.predict_classes` makes them."""
-        extent = extent.logit(eps=1e-6).add(steps.extent_bias).sigmoid()
-        debris = kind.load_logits(self.run_dir / KIND_FOLDER, tile).add(steps.debris_bias).sigmoid()
-        probs, image = class_probabilities(extent, debris), self.store.image(tile)
+        probs = probabilities_out_of_fold(self.run_dir, tile, extent, steps)
+        image = self.store.image(tile)
         valid = valid_mask(image)
         if steps.crf:
             features = normalize(image, self.normalization[self.fold_of[tile]])

@@ -27,7 +27,7 @@ from prep.labels import CODE_NAMES
 from prep.store import TileStore, name_some
 from solution import VIEWS, prepare_torch
 from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
-from train.data import SIDES, FoldData, folds_of_scheme, open_fold
+from train.data import SIDES, FoldData, open_fold
 from train.hardware import (
     held,
     is_first_process,
@@ -89,11 +89,6 @@ def fit_folds(
     if is_first_process(config):
         print(format_records(records), flush=True)
     return records
-
-
-def numbers_of_folds(config: Config) -> list[int]:
-    """Return the numbers of all folds of the config's scheme."""
-    return folds_of_scheme(TileStore(config.data.store), config.data.scheme)
 
 
 def fit_fold(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prep.files import sha256, write_text, write_whole
+from prep.folds import KM2_PER_PIXEL
 from prep.store import TileStore
 from prep.text import markdown_table
 from solution import (
@@ -79,6 +80,11 @@ def mergeable_pairs(arch: Mapping, state: Mapping[str, torch.Tensor]) -> list[li
     return [list(pair) for pair in pairs] if same else []
 
 
+def stored_normalization(record: Mapping) -> dict[str, list[float]]:
+    """Return the statistics of a fold's bands as plain numbers."""
+    return {key: [float(value) for value in record["normalization"][key]] for key in ("mean", "std")}
+
+
 def as_stored(record: Mapping, weight: float) -> dict[str, Any]:
     """Return a fold's record as a member of model.pth."""
     state = to_half(record["state_dict"])
@@ -86,7 +92,7 @@ def as_stored(record: Mapping, weight: float) -> dict[str, Any]:
         "arch": record["arch"],
         "weight": weight,
         "fold": record["fold"],
-        "normalization": {key: [float(v) for v in record["normalization"][key]] for key in ("mean", "std")},
+        "normalization": stored_normalization(record),
         "state_dict": state,
         "batchnorms": mergeable_pairs(record["arch"], state),
     }
@@ -122,10 +128,9 @@ def stored_members(run_dir: Path, config: Config) -> tuple[list[dict[str, Any]],
 def stored_kind(run_dir: Path) -> dict[str, Any]:
     """Return the network of the kind that was trained on all tiles, as model.pth holds it."""
     record = read_fold(fold_folder(run_dir / KIND_FOLDER, ALL) / FOLD_FILE)
-    normalization = {key: [float(v) for v in record["normalization"][key]] for key in ("mean", "std")}
     return {key: record[key] for key in ("arch", "fold", "state_dict")} | {
         "weight": 1.0,
-        "normalization": normalization,
+        "normalization": stored_normalization(record),
         "batchnorms": [],
     }
 
@@ -177,7 +182,7 @@ def provenance(store: TileStore, command: str) -> dict[str, Any]:
         "tiles": store.tile_ids,
         "fingerprint": store.fingerprint,
         "labels": store.labels,
-        "lake_km2": sum(tile.counts["lake"] for tile in store.tiles) * 0.0009,
+        "lake_km2": sum(tile.counts["lake"] for tile in store.tiles) * KM2_PER_PIXEL,
         "command": command,
         "versions": {
             "python": platform.python_version(),

@@ -22,7 +22,7 @@ from solution import (
     usable_cores,
 )
 from train import kind
-from train.config import Config, MemberConfig, members_of
+from train.config import Config, MemberConfig, PostprocessConfig, members_of
 from train.networks import network_class
 from train.run import (
     FOLD_FILE,
@@ -105,19 +105,28 @@ def score_inputs(run_dir: Path, config: Config, store: TileStore) -> dict[str, i
     return common
 
 
+def probabilities_out_of_fold(
+    run_dir: Path, tile: str, extent: torch.Tensor, steps: PostprocessConfig
+) -> np.ndarray:
+    """Return class probabilities (4, H, W) float32 of a tile: an extent (H, W) and the run's kind, each with its bias.
+
+    As in `solution.predict_window`, before the CRF.
+    """
+    extent = extent.logit(eps=1e-6).add(steps.extent_bias).sigmoid()
+    debris = kind.load_logits(run_dir / KIND_FOLDER, tile).add(steps.debris_bias).sigmoid()
+    return class_probabilities(extent, debris)
+
+
 def predict_run(run_dir: Path, config: Config, store: TileStore) -> dict[str, int]:
     """Write `oof/` of a run, the ensemble's class probabilities of every held-out tile; return their folds."""
     run_dir = Path(run_dir)
     fold_of = score_inputs(run_dir, config, store)
     members = {name: member for name, (member, _) in members_of(config).items()}
-    steps = config.postprocess
     (run_dir / OOF_FOLDER).mkdir(exist_ok=True)
     for tile in fold_of:
-        extent = extent_out_of_fold(run_dir, tile, members).logit(eps=1e-6).add(steps.extent_bias).sigmoid()
-        debris = kind.load_logits(run_dir / KIND_FOLDER, tile).add(steps.debris_bias).sigmoid()
-        write_array(
-            run_dir / OOF_FOLDER / f"{tile}.npy", class_probabilities(extent, debris).astype(np.float16)
-        )
+        extent = extent_out_of_fold(run_dir, tile, members)
+        probs = probabilities_out_of_fold(run_dir, tile, extent, config.postprocess)
+        write_array(run_dir / OOF_FOLDER / f"{tile}.npy", probs.astype(np.float16))
     about = {"model": "ensemble", "scheme": config.data.scheme, "seed": config.train.seed, "fold_of": fold_of}
     write_json(run_dir / RUN_FILE, about)
     return fold_of

@@ -55,16 +55,6 @@ def _degrees_of(crs: CRS) -> Optional[pyproj.Transformer]:
     return pyproj.Transformer.from_crs(system, system.geodetic_crs, always_xy=True)
 
 
-def read_georeference(path: str | Path) -> Optional[Georeference]:
-    """Return the georeference of a raster, None where it states none.
-
-    Raises:
-        InputError: the file cannot be read as a raster.
-    """
-    with open_raster(path) as raster:
-        return georeference_of(raster)
-
-
 def georeference_of(raster: rasterio.DatasetReader) -> Optional[Georeference]:
     """Return the georeference of an open raster, None where it states none."""
     if raster.crs is None or raster.transform == Affine.identity():
