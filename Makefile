@@ -20,13 +20,15 @@ OF_RUN = --recipe "$(RECIPE)" --run "$(RUN)"
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# What it refuses is then told in the variables of this file.
+TRAIN := CALLED_BY_MAKE=yes $(PY) -m train
 # One stamp for each version of the requirements: a second run starts at once, a changed file installs again.
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock | cksum | cut -d' ' -f1)
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo predict preview evaluate export map prep fit score train-all check grader-check bench submission \
-	baseline ablate distil pretrain report compare test lint clean
+	baseline distil pretrain report compare test lint clean
 
 help:
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
@@ -49,7 +51,7 @@ demo: setup ## the whole kit on synthetic scenes, with the shipped weights: mask
 	$(PY) -m prep sample --out $(DEMO)/scenes --tiles 6 --size 256
 	@echo "--- 2 of 4: masks with the shipped weights, and a picture of them"
 	$(PY) solution.py $(DEMO)/scenes $(DEMO)/masks --weights $(WEIGHTS)
-	$(PY) -m train preview --data $(DEMO)/scenes --masks $(DEMO)/masks --out $(DEMO)/preview.png
+	$(TRAIN) preview --data $(DEMO)/scenes --masks $(DEMO)/masks --out $(DEMO)/preview.png
 	@echo "--- 3 of 4: a training in miniature: tile store, five folds, scores, model.pth"
 	@$(MAKE) --no-print-directory train-all DATA=$(DEMO)/scenes STORE=$(DEMO)/store RECIPE=train/recipes/smoke.yaml \
 		RUN=$(DEMO)/run WEIGHTS=$(DEMO)/model.pth
@@ -65,20 +67,20 @@ predict: setup ## masks for the tiles in IN, into OUT, with all passes
 
 preview: setup ## pictures of the tiles in IN into OUT: image, outlines, areas; of the masks in MASKS, else by WEIGHTS
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make preview IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
-	$(PY) -m train preview --data "$(IN)" --out "$(OUT)" $(if $(MASKS),--masks "$(MASKS)",--weights "$(WEIGHTS)")
+	$(TRAIN) preview --data "$(IN)" --out "$(OUT)" $(if $(MASKS),--masks "$(MASKS)",--weights "$(WEIGHTS)")
 
 evaluate: setup ## score the masks in MASKS, of any origin, against LABELS of either phase; IN= bands: without nodata too
 	@test -n "$(MASKS)" -a -n "$(LABELS)" || { echo "make evaluate MASKS=<folder> LABELS=<folder> [IN=<Band1 ... Band5>]"; exit 2; }
-	$(PY) -m train evaluate --pred "$(MASKS)" --labels "$(LABELS)" $(if $(IN),--data "$(IN)")
+	$(TRAIN) evaluate --pred "$(MASKS)" --labels "$(LABELS)" $(if $(IN),--data "$(IN)")
 
 export: setup ## the masks in MASKS as GeoTIFF and polygons for QGIS, into OUT; IN holds their bands
 	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(MASKS)" || \
 		{ echo "make export IN=<folder with Band1 ... Band5> MASKS=<folder of masks> OUT=<folder>"; exit 2; }
-	$(PY) -m train export --masks "$(MASKS)" --data "$(IN)" --out "$(OUT)"
+	$(TRAIN) export --masks "$(MASKS)" --data "$(IN)" --out "$(OUT)"
 
 map: setup ## a Landsat 8/9 scene SCENE (folder or tar as USGS delivers it) to a glacier map in OUT
 	@test -n "$(SCENE)" -a -n "$(OUT)" || { echo "make map SCENE=<LC08_L2SP_... folder or tar> OUT=<folder> [AOI=<outline>]"; exit 2; }
-	$(PY) -m train map "$(SCENE)" --out "$(OUT)" --weights "$(WEIGHTS)" $(if $(AOI),--aoi "$(AOI)")
+	$(TRAIN) map "$(SCENE)" --out "$(OUT)" --weights "$(WEIGHTS)" $(if $(AOI),--aoi "$(AOI)")
 
 ##@ Train on your tiles: each does what it needs before
 
@@ -86,51 +88,48 @@ prep: setup ## DATA (Band1 ... Band5 and labels) to the tile store STORE with it
 	$(PY) -m prep competition --data "$(DATA)" --out "$(STORE)"
 
 fit: prep ## train the networks of RECIPE, JOBS at once; continues where it was interrupted
-	$(PY) -m train fit $(OF_RUN) --jobs $(JOBS) $(SETTINGS)
+	$(TRAIN) fit $(OF_RUN) --jobs $(JOBS) $(SETTINGS)
 
 score: fit ## predict and score each tile with the networks that never saw it
-	$(PY) -m train score $(OF_RUN) $(SETTINGS)
+	$(TRAIN) score $(OF_RUN) $(SETTINGS)
 
 train-all: score ## all of the above, and WEIGHTS from it; an older file is kept as <name>.previous.pth
-	$(PY) -m train pack $(OF_RUN) --out "$(WEIGHTS)" $(SETTINGS)
+	$(TRAIN) pack $(OF_RUN) --out "$(WEIGHTS)" $(SETTINGS)
 
 ##@ Submit
 
 check: setup ## would the submission be accepted? every caller, every file, in an empty folder
-	$(PY) -m train check --weights "$(WEIGHTS)"
+	$(TRAIN) check --weights "$(WEIGHTS)"
 
 grader-check: setup ## the same in the grader's Python 3.9, read-only and offline; builds it once in ~/.cache (4 GB); IN= tiles
-	$(PY) -m train grader-check --weights "$(WEIGHTS)" $(if $(IN),--data "$(IN)") $(if $(OPTIONAL),--optional)
+	$(TRAIN) grader-check --weights "$(WEIGHTS)" $(if $(IN),--data "$(IN)") $(if $(OPTIONAL),--optional)
 
 bench: setup ## how fast is solution.py, where does its time go, how much memory
-	$(PY) -m train bench --weights "$(WEIGHTS)" $(if $(IN),--data "$(IN)")
+	$(TRAIN) bench --weights "$(WEIGHTS)" $(if $(IN),--data "$(IN)")
 
 submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an older one, FORCE=yes ships in spite of a warning
-	$(PY) -m train submission --weights "$(WEIGHTS)" $(if $(OVERWRITE),--overwrite) $(if $(FORCE),--force)
+	$(TRAIN) submission --weights "$(WEIGHTS)" $(if $(OVERWRITE),--overwrite) $(if $(FORCE),--force)
 
 ##@ Compare, improve, pretrain
 
 baseline: prep ## the per-pixel gradient boosting on the same folds
-	$(PY) -m train baseline --run runs/baseline$(if $(SCHEME),-$(SCHEME)) --store "$(STORE)" $(if $(SCHEME),--scheme $(SCHEME))
-
-ablate: prep ## what is each ingredient worth? trains train/recipes/ablations.yaml: runs/ablate/ablations.md
-	$(PY) -m train ablate --run runs/ablate --store "$(STORE)" --jobs $(JOBS)
+	$(TRAIN) baseline --run runs/baseline$(if $(SCHEME),-$(SCHEME)) --store "$(STORE)" $(if $(SCHEME),--scheme $(SCHEME))
 
 distil: setup ## one network taught by the run TEACHER, into runs/student
 	@test -n "$(TEACHER)" || { echo "make distil TEACHER=<run, e.g. runs/recipe>"; exit 2; }
-	$(PY) -m train distil --recipe train/recipes/distil.yaml --run runs/student --teacher "$(TEACHER)" $(SETTINGS)
+	$(TRAIN) distil --recipe train/recipes/distil.yaml --run runs/student --teacher "$(TEACHER)" $(SETTINGS)
 
 pretrain: setup ## train on the HKH store HKH; then make train-all PRETRAINED=runs/pretrain/unet/fold0/fold.pt
 	@test -f "$(HKH)/store.json" || { echo "$(HKH) is no tile store; make it with python -m prep hkh (docs/hkh.md)"; exit 2; }
-	$(PY) -m train fit --recipe train/recipes/pretrain.yaml --run runs/pretrain --folds 0 --member unet data.store="$(HKH)" $(SET)
+	$(TRAIN) fit --recipe train/recipes/pretrain.yaml --run runs/pretrain --folds 0 --member unet data.store="$(HKH)" $(SET)
 
 report: setup ## tables and a page (reports/local/) on RUNS='name=runs/a name=runs/b'
 	@test -n "$(RUNS)" || { echo "make report RUNS='mine=runs/recipe baseline=runs/baseline'"; exit 2; }
-	$(PY) -m train report $(RUNS) --store "$(STORE)" --out reports/local/report.md --html reports/local/index.html
+	$(TRAIN) report $(RUNS) --store "$(STORE)" --out reports/local/report.md --html reports/local/index.html
 
 compare: setup ## do the runs A and B differ? score differences with their intervals
 	@test -n "$(A)" -a -n "$(B)" || { echo "make compare A=runs/a B=runs/b"; exit 2; }
-	$(PY) -m train compare "$(A)" "$(B)" --store "$(STORE)"
+	$(TRAIN) compare "$(A)" "$(B)" --store "$(STORE)"
 
 ##@ The kit itself
 

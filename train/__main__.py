@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 import sys
 from typing import Optional, Sequence
 
@@ -31,6 +33,29 @@ COMMANDS = {
     "bench": ("train.submit.bench", "time solution.py, and where it goes"),
 }
 
+# Of options: the variable of the Makefile that gives them, for those who typed `make`.
+MAKE_NAMES = {
+    "--run": "RUN=",
+    "--recipe": "RECIPE=",
+    "--jobs": "JOBS=",
+    "--store": "STORE=",
+    "--weights": "WEIGHTS=",
+    "--masks": "MASKS=",
+    "--pred": "MASKS=",
+    "--labels": "LABELS=",
+    "--data": "IN=",
+    "--out": "OUT=",
+    "--overwrite": "OVERWRITE=yes",
+    "--force": "FORCE=yes",
+}
+
+
+def in_words_of_caller(message: str) -> str:
+    """Return a message with options named as the caller gives them: the Makefile says that it is one."""
+    if "CALLED_BY_MAKE" not in os.environ:
+        return message
+    return re.sub(r"--[a-z]+\b(?!-)", lambda found: MAKE_NAMES.get(found[0], found[0]), message)
+
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run a command and return the exit status: 0 done, 1 it found faults, 2 wrong use, 130 interrupted."""
@@ -53,7 +78,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("interrupted; the same command continues where it was", file=sys.stderr)
         return 130
     except KitError as error:
-        print(f"python -m train {given[0]}: {error}", file=sys.stderr)
+        print(f"python -m train {given[0]}: {in_words_of_caller(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from prep.store import TileStore
-from solution import read_model_file
-from train.config import Config, ConfigError, load_config, members_of
-from train.run import ALL, KIND_FOLDER, parse_folds
+from solution import read_model_file, warn
+from train.config import Config, load_config
+from train.run import KIND_FOLDER, parse_folds
 
 RECIPE = Path("train/recipe.yaml")
 
@@ -31,7 +31,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fit`."""
     add_recipe_arguments(parser)
     parser.add_argument("--folds", type=parse_folds, help="e.g. 0,1,all; default: what the recipe needs")
-    parser.add_argument("--member", help="only this member of the ensemble")
+    parser.add_argument("--member", help="only this member, without the network of the kind")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -43,18 +43,19 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 def run_fit(arguments: argparse.Namespace) -> int:
     """Train all networks of a recipe; the same command continues a run that was interrupted."""
     from train import kind
-    from train.side_by_side import Job, fit_jobs
+    from train.data import describe_unlearned
+    from train.side_by_side import fit_jobs, jobs_of, require_possible
 
     config = read_recipe(arguments)
-    members, jobs = members_of(config), []
-    if arguments.member not in (None, *members):
-        raise ConfigError(f"--member is {arguments.member!r}, expected one of {', '.join(members)}")
-    for name, (member, settings) in members.items():
-        if arguments.member in (None, name):
-            folds = arguments.folds or [f for f in kind.kind_folds(config) if f != ALL or member.ship == ALL]
-            jobs += [Job(settings, arguments.run / name, fold) for fold in folds]
+    jobs = jobs_of(config, arguments.run, arguments.folds, arguments.member)
+    require_possible(jobs, arguments.jobs)
+    if unlearned := describe_unlearned(TileStore(config.data.store)):
+        warn(unlearned)
+    if (
+        not arguments.member
+    ):  # first: in seconds it is told that labels lack a kind, and finished folds can be scored
+        kind.fit_kind(config, arguments.run / KIND_FOLDER, arguments.folds or kind.kind_folds(config))
     fit_jobs(jobs, arguments.jobs)
-    kind.fit_kind(config, arguments.run / KIND_FOLDER, arguments.folds or kind.kind_folds(config))
     return 0
 
 
@@ -105,6 +106,16 @@ def run_ensemble(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def make_command(arguments: argparse.Namespace, config: Config) -> str:
+    """Return the `make` command that repeats a run, with every setting that was given."""
+    recipe = [] if arguments.recipe == RECIPE else [f"RECIPE={arguments.recipe}"]
+    own = ("data.store", "data.scheme")  # DATA and SCHEME say these
+    given = [text for text in arguments.overrides if text.partition("=")[0] not in own]
+    settings = [f"SET={shlex.join(given)}"] if given else []
+    more = shlex.join([f"SCHEME={config.data.scheme}", *recipe, *settings])
+    return f"make train-all DATA=<folder with Band1 ... Band5 and labels> {more}"
+
+
 def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pack`."""
     add_recipe_arguments(parser)
@@ -122,10 +133,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if arguments.time_budget is not None:
         arguments.overrides.append(f"pack.time_budget={arguments.time_budget}")
     config = read_recipe(arguments)
-    recipe = "" if arguments.recipe == RECIPE else f" RECIPE={arguments.recipe}"
-    command = (
-        f"make train-all DATA=<folder with Band1 ... Band5 and labels> SCHEME={config.data.scheme}{recipe}"
-    )
+    command = make_command(arguments, config)
     card = pack(arguments.run, config, arguments.out, command)
     print(f"{arguments.out} and {card} written")
     content = read_model_file(arguments.out)

@@ -520,7 +520,11 @@ def _explain_unknown(tree: DictConfig, full_key: Optional[str]) -> str:
     group = str(full_key).rpartition(".")[0]
     node = OmegaConf.select(tree, group) if group else tree
     allowed = ", ".join(str(key) for key in node) if isinstance(node, DictConfig) else "nothing below it"
-    return f"unknown key '{full_key}'; '{group or 'the top level'}' allows {allowed}"
+    last = str(full_key).rpartition(".")[2]
+    flat = _flatten(to_dict(Config()))
+    meant = [key for key in flat if key != full_key and key.rpartition(".")[2] == last]
+    hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return f"unknown key '{full_key}'; {hint}'{group or 'the top level'}' allows {allowed}"
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from prep.folds import KM2_PER_PIXEL
 from prep.labels import CODE_NAMES, IGNORE
 from prep.stats import compute
 from prep.store import SPLIT_SCHEME, TileStore
@@ -55,6 +56,17 @@ def folds_of_scheme(store: TileStore, scheme: str) -> list[int]:
     return sorted(number for number in numbers if number >= 0)  # below: tiles that are never held out
 
 
+def describe_unlearned(store: TileStore) -> str:
+    """Return what the labels show and no network here learns, "" where that is nothing."""
+    lakes = sum(tile.counts["lake"] for tile in store.tiles) * KM2_PER_PIXEL
+    return (
+        f"{store.folder}: the labels show {lakes:.1f} km² of lakes, which nothing here learns: no crop is drawn "
+        "around them, they count as rest, and no mask will show one (docs/data-and-labels.md)"
+        if lakes
+        else ""
+    )
+
+
 class Tiles:
     """Tiles of a store, normalised, in a given order; each is read when it is first asked for."""
 
@@ -96,6 +108,7 @@ class PixelSampler:
                 codes = [code for code in CODE_NAMES if SIDE_OF_CODE[code] == side]
                 if sum(counts[tile_id][CODE_NAMES[code]] for code in codes):
                     holders.append(number)
+        self.absent = [side for side, holders in zip(SIDES, self._holders) if not holders]
         shares = np.array([1 - glacier_share, glacier_share]) * [bool(holders) for holders in self._holders]
         if shares.sum() == 0:
             raise DataError(

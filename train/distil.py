@@ -27,9 +27,9 @@ from solution import BANDS, valid_mask
 from train import kind
 from train.augment import Tile
 from train.commands import add_recipe_arguments, read_recipe
-from train.config import Config, ConfigError, members_of
+from train.config import Config, ConfigError
 from train.data import FoldData, Tiles, open_fold
-from train.fit import Method, first_normalization, fit_folds
+from train.fit import Method, first_normalization
 from train.module import SegmentationModule
 from train.predict import as_member, predict_views
 from train.run import (
@@ -45,6 +45,7 @@ from train.run import (
     read_fold,
     read_folds,
 )
+from train.side_by_side import fit_jobs, jobs_of
 
 ANSWERS_FOLDER = (
     "teachers"  # of a fold while it trains: <tile_id>.npy, (H, W) float16 probability, NaN nodata
@@ -147,12 +148,11 @@ def fit_students(config: Config, run_dir: Path, folds: Optional[Sequence[Fold]] 
     """Train the students of a recipe and its network of the kind, by default all that the recipe needs."""
     if not config.distil.teachers:
         raise ConfigError("distil.teachers is [], expected folders of runs: give --teacher runs/recipe")
-    for name, (member, settings) in members_of(config).items():
-        chosen = folds or [fold for fold in kind.kind_folds(config) if fold != ALL or member.ship == ALL]
-        fit_folds(settings, run_dir / name, chosen, Method(open_taught, StudentModule))
-        for path in (run_dir / name).glob(f"fold*/{ANSWERS_FOLDER}/*.npy"):
-            path.unlink()  # of no more use
     kind.fit_kind(config, run_dir / KIND_FOLDER, folds or kind.kind_folds(config))
+    jobs = jobs_of(config, run_dir, folds)
+    fit_jobs(jobs, 1, Method(open_taught, StudentModule))
+    for path in run_dir.glob(f"*/fold*/{ANSWERS_FOLDER}/*.npy"):
+        path.unlink()  # of no more use
 
 
 def add_distil_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ import io
 import logging
 import platform
 import signal
-import sys
 import time
 import warnings
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ import lightning.pytorch as pl
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from tqdm import tqdm
 
 from prep.files import write_text, write_whole
 from prep.labels import CODE_NAMES
@@ -32,10 +32,8 @@ from train.hardware import (
     held,
     is_first_process,
     over_processes,
-    precision_of,
     threads_of,
     trainer_options,
-    uses_gpu,
     wait_for_each_other,
 )
 from train.module import RampedAveraging, SegmentationModule
@@ -79,18 +77,6 @@ class Method(NamedTuple):
 FROM_LABELS = Method()
 
 
-def fit_folds(
-    config: Config, run_dir: Path, folds: Sequence[Fold], method: Method = FROM_LABELS
-) -> list[dict]:
-    """Fit several folds one after the other; return their records. Raises what `fit_fold` raises."""
-    if is_first_process(config):
-        print(describe_hardware(config), flush=True)
-    records = [fit_fold(config, fold, run_dir, method=method) for fold in folds]
-    if is_first_process(config):
-        print(format_records(records), flush=True)
-    return records
-
-
 def fit_fold(
     config: Config,
     fold: Fold,
@@ -119,12 +105,7 @@ def fit_fold(
     folder = fold_folder(run_dir, fold)
     if fold == ALL:
         require_unscored(config)
-    require_same_config(config, folder)
-    if (folder / FOLD_FILE).is_file():
-        record = read_record(folder / FOLD_FILE)
-        require_same_tiles(config, record, folder)
-        if is_first_process(config):
-            print(f"{name_of(fold)}: already finished, val_mcc {record['val_mcc']:.4f}", flush=True)
+    if record := finished_record(config, fold, folder):
         return record
     prepare_torch(threads_of(config))
     data = method.open_data(config, fold, folder)
@@ -133,7 +114,7 @@ def fit_fold(
             raise RunError(f"{folder}: another process trains it. Wait for it, or name another --run.")
         if is_first_process(config):
             write_whole(folder / CONFIG_FILE, lambda path: save_config(config, path))
-            print(describe_fold(fold, data), flush=True)
+            say(describe_fold(fold, data))
         recorder = Recorder(folder, fold, config, data)
         with quiet_lightning():
             _run_lightning(partial(method.make_module, config), data, recorder, callbacks)
@@ -144,6 +125,24 @@ def fit_fold(
             (folder / RESUME_FILE).unlink(missing_ok=True)
         wait_for_each_other(config)
     return read_record(folder / FOLD_FILE)
+
+
+def finished_record(config: Config, fold: Fold, folder: Path) -> Optional[dict]:
+    """Return the record of a fold that is finished; RunError where its folder holds another run."""
+    require_same_config(config, folder)
+    if not (folder / FOLD_FILE).is_file():
+        return None
+    record = read_record(folder / FOLD_FILE)
+    require_same_tiles(config, record, folder)
+    if is_first_process(config):
+        say(f"{folder.parent.name}, {name_of(fold)}: already finished, val_mcc {record['val_mcc']:.4f}")
+    return record
+
+
+def say(line: str) -> None:
+    """Print a line above the bar, where there is one."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
 
 
 def _run_lightning(
@@ -163,13 +162,12 @@ def _run_lightning(
         module.network.load_state_dict(first)
     # in this order: the average is validated, judged and then recorded
     callbacks = [RampedAveraging(config.optim.ema_decay), *_early_stopping(config), recorder, *more]
-    on_terminal = sys.stdout.isatty() and is_first_process(config)
     trainer = pl.Trainer(
         **trainer_options(config),
         max_epochs=config.train.epochs,
         gradient_clip_val=config.optim.grad_clip or None,
-        callbacks=[*callbacks, *([TQDMProgressBar()] if on_terminal else [])],
-        enable_progress_bar=on_terminal,
+        callbacks=callbacks,
+        enable_progress_bar=False,  # `train.side_by_side` shows one over all networks
         enable_checkpointing=False,  # the recorder does it
         enable_model_summary=False,
         logger=False,
@@ -263,7 +261,6 @@ class Recorder(Callback):
         self.data = data
         self.history: list[dict] = []  # a row an epoch
         self.best: dict[str, Any] = {}  # of the epoch kept: epoch, val_mcc, state_dict
-        self._epochs_before = 0  # in the run that is resumed
         self._started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,7 +276,6 @@ class Recorder(Callback):
             )
         self.history = state_dict["history"]
         self.best = state_dict["best"]
-        self._epochs_before = len(self.history)
 
     def _data_identity(self) -> dict:
         tiles = {"train_tiles": self.data.train_ids, "val_tiles": self.data.val_ids}
@@ -290,7 +286,7 @@ class Recorder(Callback):
         for callback in trainer.early_stopping_callbacks:
             trainer.should_stop |= callback.wait_count >= callback.patience
         if self.history and trainer.is_global_zero:
-            print(f"{name_of(self.fold)}: continues after epoch {len(self.history)}", flush=True)
+            say(f"{name_of(self.fold)}: continues after epoch {len(self.history)}")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the epoch's clock."""
@@ -313,9 +309,7 @@ class Recorder(Callback):
             return
         write_text(self.folder / HISTORY_FILE, _format_history(self.history))
         write_whole(self.folder / RESUME_FILE, lambda path: trainer.save_checkpoint(path))
-        bar = trainer.progress_bar_callback
-        write = partial(print, flush=True) if bar is None else bar.print  # the latter above the bar
-        write(self._progress_line())
+        say(self._progress_line())
 
     def _row(self, trainer: pl.Trainer, module: SegmentationModule) -> dict:
         metrics = trainer.callback_metrics
@@ -335,13 +329,11 @@ class Recorder(Callback):
 
     def _progress_line(self) -> str:
         row, epochs = self.history[-1], self.config.train.epochs
-        seconds = [past["seconds"] for past in self.history[self._epochs_before :]]
-        minutes = np.mean(seconds) * (epochs - row["epoch"]) / 60
         return (
             f"{name_of(self.fold)}  epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
             f"val_loss {row['val_loss']:.4f}  val_mcc {row['val_mcc']:.4f}  "
             f"best {self.best['val_mcc']:.4f} (epoch {self.best['epoch']})  lr {row['lr']:.1e}  "
-            f"{row['seconds']:.1f} s, at most {minutes:.1f} min left"
+            f"{row['seconds']:.1f} s"
         )
 
     def record(self) -> dict:
@@ -412,36 +404,12 @@ def versions() -> dict[str, str]:
 
 
 def describe_fold(fold: Fold, data: FoldData) -> str:
-    """Return a line on a fold's tiles and the shares of its crops."""
-    shares = ", ".join(
-        f"{name} {100 * share:.0f} %" for name, share in zip(SIDES, data.dataset.pixels.shares)
-    )
+    """Return a line on a fold's tiles and the shares of its crops, and on what it cannot learn."""
+    shares = dict(zip(SIDES, data.dataset.pixels.shares))
+    drawn = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+    absent = [f"; no training tile shows {name}: it cannot be learned" for name in data.dataset.pixels.absent]
     held_out = "none" if fold == ALL else name_some(data.val_ids)
     return (
         f"{name_of(fold)}: {len(data.train_ids)} tiles to train on, validation on {held_out}; "
-        f"crops drawn around {shares}"
+        f"crops drawn around {drawn}{''.join(absent)}"
     )
-
-
-def describe_hardware(config: Config) -> str:
-    """Return what a network is trained on and how long: device, precision, threads, steps."""
-    device = f"{config.trainer.processes} GPU" if uses_gpu(config) else "CPU"
-    return (
-        f"training on {device}, precision {precision_of(config)}, threads {threads_of(config)}; "
-        f"{config.train.epochs * config.data.steps_per_epoch} steps of {config.data.batch_size} crops of "
-        f"{config.data.crop} px for each fold"
-    )
-
-
-def format_records(records: Sequence[dict]) -> str:
-    """Return a table of fitted folds, one a line."""
-    lines = [f"{'fold':>4}{'val_mcc':>10}{'epoch':>7}{'of':>4}{'minutes':>9}  validated on"]
-    for record in records:
-        lines.append(
-            f"{record['fold']:>4}{record['val_mcc']:>10.4f}{record['epoch']:>7}"
-            f"{record['epochs']:>4}{record['seconds'] / 60:>9.1f}  {name_some(record['val_tiles'])}"
-        )
-    scores = [record["val_mcc"] for record in records if record["fold"] != ALL]
-    if scores:
-        lines.append(f"mean{np.mean(scores):>10.4f}")
-    return "\n".join(lines)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from prep.store import locked
+from prep.text import plural
 from solution import usable_cores
 from train.config import Config, ConfigError
 
@@ -23,7 +24,7 @@ SEVERAL_PROCESSES = "ddp_find_unused_parameters_true"
 def trainer_options(config: Config) -> dict[str, Any]:
     """Return the arguments of Lightning's Trainer that `trainer` settings decide.
 
-    Raises ConfigError where they ask for a GPU and there is none.
+    Raises ConfigError where they ask for a GPU and there is none, or for more of them than there are.
     """
     trainer = config.trainer
     gpu = uses_gpu(config)
@@ -33,6 +34,12 @@ def trainer_options(config: Config) -> dict[str, Any]:
     ):
         if wanted and not gpu:
             raise ConfigError(f"trainer.{key} is {getattr(trainer, key)!r}, which needs a GPU; none is used")
+    gpus = torch.cuda.device_count() if gpu else 0
+    if trainer.accelerator != "cpu" and trainer.devices > max(1, gpus):
+        raise ConfigError(
+            f"trainer.devices (make: DEVICES) is {trainer.devices}, found {plural(gpus, 'GPU')}; expected "
+            f"{max(1, gpus)} at most, or trainer.accelerator=cpu for as many processes on the CPU"
+        )
     if trainer.sync_batchnorm and not gpu:
         raise ConfigError("trainer.sync_batchnorm is true, which needs GPUs; none is used")
     return {

@@ -38,7 +38,17 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.config = config
         network_class(config.model.name)  # of train/networks/: build_network knows it from here on
-        network = build_network({"name": config.model.name, "args": config.model.args})
+        try:
+            network = build_network({"name": config.model.name, "args": config.model.args})
+        except (
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # by smp and timm, each in its own way
+            raise ConfigError(
+                f"model.args {config.model.args}: no {config.model.name} can be built: {error}"
+            ) from error
         self.network = network.to(memory_format=torch.channels_last)  # 10-20 % faster steps on a CPU
         set_batchnorm_momentum(self.network, config.model.batchnorm_momentum)
         self.loss = ExtentLoss(config.loss)

@@ -20,17 +20,13 @@ little about regions that no tile shows.
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
 from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from prep.labels import CODE_CLASSES, CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from prep.store import TileStore
-from solution import BANDS, CLASS_NAMES, WINDOW, build_network
+from solution import CLASS_NAMES
 
 N_CODES = len(CODE_CLASSES)
 N_CLASSES = len(CLASS_NAMES)
@@ -279,22 +275,6 @@ def _interval(value: np.ndarray, drawn: np.ndarray) -> Interval | None:
         return None
     low, high = np.nanpercentile(drawn, INTERVAL)
     return Interval(float(value), float(low), float(high))
-
-
-# --- The work of a network ----------------------------------------------------------------------------------
-
-
-def count_gmac(arch: Mapping) -> float:
-    """Return the 10^9 multiply-adds of a network's pass over a tile of 512 x 512 px."""
-    return _count_gmac(json.dumps(arch, sort_keys=True))
-
-
-@lru_cache(maxsize=None)
-def _count_gmac(arch: str) -> float:
-    network = build_network(json.loads(arch)).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, len(BANDS), WINDOW, WINDOW))
-    return counter.get_total_flops() / 2 / 1e9  # it counts a multiplication and an addition as two
 
 
 def _both_scores(confusion: np.ndarray, certain: np.ndarray, n_certain: int) -> dict:

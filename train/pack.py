@@ -28,7 +28,7 @@ from solution import (
 )
 from train.config import Config, differing_keys, from_dict, members_of, to_text
 from train.networks import network_class
-from train.objective import score_intervals, score_tiles
+from train.objective import code_names, score_intervals, score_tiles
 from train.predict import predict_run
 from train.report.scores import count_run
 from train.run import ALL, FOLD_FILE, KIND_FOLDER, RunError, fold_folder, read_fold, read_folds
@@ -177,12 +177,16 @@ def pack(run_dir: Path, config: Config, out: Path, command: str) -> Path:
 
 
 def provenance(store: TileStore, command: str) -> dict[str, Any]:
-    """Return where a model comes from: tiles, fingerprint of their files, versions, command."""
+    """Return where a model comes from: tiles, what they show, fingerprint of their files, versions, command."""
     return {
         "tiles": store.tile_ids,
         "fingerprint": store.fingerprint,
         "labels": store.labels,
-        "lake_km2": sum(tile.counts["lake"] for tile in store.tiles) * KM2_PER_PIXEL,
+        "km2": {
+            name: round(sum(tile.counts[name] for tile in store.tiles) * KM2_PER_PIXEL, 3)
+            for name in code_names()
+        },
+        "bands": {key: [float(value) for value in store.stats[key]] for key in ("mean", "std")},
         "command": command,
         "versions": {
             "python": platform.python_version(),
@@ -214,7 +218,7 @@ def model_card(content: Mapping, path: Path, scores: Sequence[str]) -> str:
     labels = list(about["labels"].values())
     kinds = {text: labels.count(text) for text in ("phase1", "partial", "phase2")}
     networks = {f"{m['arch']['name']} {m['arch']['args']}" for m in members}
-    lake = f"{about['lake_km2']:.1f} km² of lakes" if about["lake_km2"] else "no lake"
+    areas = ", ".join(f"{name} {km2:.1f}" for name, km2 in about["km2"].items())
     recipe = hashlib.sha256(content["recipe"].encode()).hexdigest()[:12]
     steps = "\n".join(f"- {name}: {value}" for name, value in content["postprocess"].items())
     return f"""# Model card of {path.name}
@@ -226,7 +230,8 @@ def model_card(content: Mapping, path: Path, scores: Sequence[str]) -> str:
 - Size: {path.stat().st_size / 1e6:.1f} MB (float16)
 - Folds: {", ".join(str(m["fold"]) for m in members)}; a network of a fold has not seen the fold's tiles
 - Tiles: {len(labels)} ({", ".join(about["labels"])}), fingerprint {about["fingerprint"]}
-- Labels: {kinds["phase2"]} tiles tell both kinds of glacier, {kinds["partial"]} in part, {kinds["phase1"]} none; {lake}
+- Labels: {kinds["phase2"]} tiles tell both kinds of glacier, {kinds["partial"]} in part, {kinds["phase1"]} none
+- Area, km²: {areas}
 - Recipe: in the file itself (`recipe`, SHA-256 {recipe}); command: `{about["command"]}`
 - Made with: {", ".join(f"{name} {version}" for name, version in about["versions"].items())}
 
@@ -244,9 +249,23 @@ blocks of 3 km. On ground that none of them has seen the file averages all its n
 
 ## Limits
 
-- One snow-covered scene of one region and one day. No second scene has ever been scored. Other regions cost
-  other teams 0.03 to 0.09 MCC.
-- Lakes are never predicted ({lake} in the labels): the class `{CLASS_NAMES[3]}` is no answer of these networks.
-- Debris is found by what its surface and surroundings look like in this scene; elsewhere expect less.
-- Networks in one view expect north above and a morning sun, as in every Landsat tile of the Himalaya.
+{chr(10).join(f"- {limit}" for limit in limits(content))}
 """
+
+
+def limits(content: Mapping) -> list[str]:
+    """Return what a model cannot be expected to do, from the tiles that it was made of."""
+    about = content["provenance"]
+    km2, mean, std = about["km2"], about["bands"]["mean"], about["bands"]["std"]
+    look = f"{BANDS[0].name} {mean[0]:.2f} ± {std[0]:.2f}, {mean[-1]:.0f} ± {std[-1]:.0f} K"
+    found = [
+        f"Trained and scored on {len(about['tiles'])} tiles with {sum(km2.values()):.0f} km² of labelled pixels "
+        f"({look}, mean ± deviation). On ground that looks otherwise, another season or region, it has no score.",
+        f"Lakes are never predicted ({km2['lake']:.1f} km² in the labels): nothing here learns `{CLASS_NAMES[3]}`.",
+        f"Debris is known from {km2['debris']:.1f} km² of labels; where it looks otherwise, expect less.",
+    ]
+    if not any(view for _, view in content["passes"]):
+        found.append(
+            "Asked in one view: it expects north above and a morning sun, as in the tiles that it knows."
+        )
+    return found

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Collection, Union
 
 import torch
 
-from solution import KitError
+from prep.store import name_some
+from solution import KitError, read_model_file
 
 # A network's fold: the number of the fold of tiles that it never saw, or ALL where it saw every tile.
 Fold = Union[int, str]
@@ -56,6 +57,19 @@ def files_of_folds(run_dir: str | os.PathLike, name: str) -> list[Path]:
     return sorted(Path(run_dir).glob(f"fold*/{name}"))
 
 
+def describe_seen(weights: Path, tiles: Collection[str]) -> str:
+    """Return what to know of a score of these weights' masks on some tiles, "" where they saw none of them."""
+    known = read_model_file(weights)["provenance"].get("tiles", [])
+    seen = sorted(set(known) & set(tiles))
+    return (
+        f"{weights} was trained on {len(seen)} of these {len(tiles)} tiles, by their ids: {name_some(seen)}. Of masks "
+        "that it made the score there says how well it remembers, not how well it finds glaciers elsewhere; for that "
+        "see the out-of-fold scores on its card"
+        if seen
+        else ""
+    )
+
+
 def is_fresh(path: Path, checkpoint: Path) -> bool:
     """Return whether a prediction is there and was written after the checkpoint that made it."""
     return path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime
@@ -91,5 +105,7 @@ def read_folds(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     records = [read_fold(path) for path in files_of_folds(run_dir, FOLD_FILE)]
     records = [record for record in records if record["fold"] != ALL]
     if not records:
-        raise RunError(f"{run_dir}: no finished folds; train them with `python -m train fit --run {run_dir}`")
+        raise RunError(
+            f"{run_dir}: no finished folds; expected some. The same arguments after `python -m train fit` train them"
+        )
     return sorted(records, key=lambda record: record["fold"])

@@ -9,19 +9,31 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
+import lightning.pytorch as pl
+import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from prep.files import write_whole
-from train.config import Config, ConfigError, change_config, load_config, save_config
-from train.fit import fit_folds, format_records, require_same_config
-from train.run import FOLD_FILE, Fold, RunError, fold_folder, name_of, parse_folds, read_record
+from prep.files import write_text, write_whole
+from prep.store import TileStore, name_some
+from prep.text import plural
+from train import kind
+from train.config import Config, ConfigError, change_config, load_config, members_of, save_config
+from train.data import split_tiles
+from train.fit import FROM_LABELS, Method, finished_record, fit_fold, require_same_config, say
+from train.hardware import is_first_process, precision_of, threads_of, trainer_options, uses_gpu
+from train.run import ALL, FOLD_FILE, Fold, RunError, fold_folder, name_of, parse_folds, read_record
 
 PROJECT = Path(__file__).resolve().parents[1]
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
+STEPS_FILE = "steps.txt"  # in a fold's folder while a process trains it: how many steps it has made
+FIRST_STEPS = 10  # of a network, from which the time of all is estimated; then once every LINE of the whole
+LINE = 0.1
 
 
 class Job(NamedTuple):
@@ -36,62 +48,193 @@ class Job(NamedTuple):
         """What the network is called in what is printed."""
         return f"{self.folder.name}, {name_of(self.fold)}"
 
+    @property
+    def steps(self) -> int:
+        """How many steps its training has, unless it stops early."""
+        return self.config.train.epochs * self.config.data.steps_per_epoch
 
-def fit_jobs(jobs: Sequence[Job], at_once: int) -> list[dict]:
+
+def jobs_of(
+    config: Config, run_dir: Path, folds: Optional[Sequence[Fold]] = None, only: Optional[str] = None
+) -> list[Job]:
+    """Return the networks of a recipe, or of its member `only`: of these folds, by default of all it needs."""
+    members = members_of(config)
+    if only not in (None, *members):
+        raise ConfigError(f"--member is {only!r}, expected one of {', '.join(members)}")
+    return [
+        Job(settings, run_dir / name, fold)
+        for name, (member, settings) in members.items()
+        if only in (None, name)
+        for fold in folds or [f for f in kind.kind_folds(config) if f != ALL or member.ship == ALL]
+    ]
+
+
+def fit_jobs(jobs: Sequence[Job], at_once: int, method: Method = FROM_LABELS) -> list[dict]:
     """Train networks, `at_once` side by side; finished ones are kept. Return their records.
 
     What a process prints is in `<member>/fold<k>.log`. The result is that of one after the other.
 
+    Args:
+        jobs: the networks.
+        at_once: how many are trained at the same time.
+        method: how; side by side it is always from labels.
+
     Raises:
-        ConfigError: fewer than one at once is asked for, or each would need several devices.
+        ConfigError, train.data.DataError: as `require_possible` raises them.
         RunError: a network failed; the message has the last line of its log.
     """
-    if at_once < 1:
-        raise ConfigError(f"--jobs is {at_once}, expected 1 or more")
-    if at_once == 1:
-        return [fit_folds(job.config, job.folder, [job.fold])[0] for job in jobs]
-    for job in jobs:
-        if job.config.trainer.processes > 1:
-            raise ConfigError(
-                f"--jobs is {at_once}, but each network would take {job.config.trainer.processes} devices; "
-                "expected trainer.devices=1 and trainer.num_nodes=1, or no --jobs"
-            )
-        require_same_config(job.config, fold_folder(job.folder, job.fold))
-    failed = _run(jobs, at_once)
-    if failed:
-        raise RunError(explain_failures([log_of(job) for job in failed]))
+    require_possible(jobs, at_once)
+    todo = [
+        job for job in jobs if not finished_record(job.config, job.fold, fold_folder(job.folder, job.fold))
+    ]
+    if todo:
+        progress = Progress(todo, at_once)
+        if at_once == 1:
+            for job in todo:
+                fit_fold(job.config, job.fold, job.folder, [StepCounter(partial(progress.show, job))], method)
+                progress.show(job, job.steps)
+        elif failed := _run(todo, at_once, progress):
+            raise RunError(explain_failures([log_of(job) for job in failed]))
     records = [read_record(fold_folder(job.folder, job.fold) / FOLD_FILE) for job in jobs]
-    print(format_records(records), flush=True)
+    if is_first_process(jobs[0].config):
+        print(format_records(records), flush=True)
     return records
 
 
-def _run(jobs: Sequence[Job], at_once: int) -> list[Job]:
+def require_possible(jobs: Sequence[Job], at_once: int) -> None:
+    """Raise what the first of these networks would end with, before any is trained.
+
+    Raises:
+        ConfigError: fewer than one at once is asked for, each would need several devices, or they are not there.
+        train.data.DataError: the store has no such fold.
+        RunError: a folder holds a run with other settings.
+    """
+    if at_once < 1:
+        raise ConfigError(f"--jobs is {at_once}, expected 1 or more")
+    for job in jobs:
+        if at_once > 1 and job.config.trainer.processes > 1:
+            raise ConfigError(
+                f"--jobs is {at_once}, but each network would take {job.config.trainer.processes} devices; "
+                "expected trainer.devices=1 and trainer.num_nodes=1, or --jobs 1"
+            )
+        trainer_options(job.config)
+        split_tiles(TileStore(job.config.data.store), job.config.data.scheme, job.fold)
+        require_same_config(job.config, fold_folder(job.folder, job.fold))
+
+
+def describe_training(jobs: Sequence[Job], at_once: int) -> str:
+    """Return the first line of a training: how many networks, on what, with how many steps."""
+    config = jobs[0].config
+    kind_of_device = "GPU" if uses_gpu(config) else "CPU"
+    device = (
+        kind_of_device if config.trainer.processes == 1 else f"{config.trainer.processes} {kind_of_device}s"
+    )
+    threads = config.train.threads or 1 if at_once > 1 else threads_of(config)
+    return (
+        f"training {plural(len(jobs), 'network')}, {at_once} at once, on {device}, precision "
+        f"{precision_of(config)}, {plural(threads, 'thread')} each; {sum(job.steps for job in jobs):,} steps of "
+        f"{config.data.batch_size} crops of {config.data.crop} px in all; how long follows after the first ones"
+    )
+
+
+class Progress:
+    """Says how far all networks are, and how long they will take: lines, and a bar on a terminal."""
+
+    def __init__(self, jobs: Sequence[Job], at_once: int) -> None:
+        """Print the first line."""
+        self.jobs, self.at_once = jobs, at_once
+        self.total = sum(job.steps for job in jobs)
+        self.steps: dict[tuple[Path, Fold], int] = {}  # made so far, by a job's folder and fold
+        self.started: Optional[tuple[int, float]] = None  # steps and clock when the first step was seen
+        self.next = 0.0  # steps at which a line is due
+        self.quiet = not is_first_process(jobs[0].config)
+        self.bar = tqdm(
+            total=self.total, unit="step", desc="all networks", smoothing=0, disable=self.quiet or None
+        )
+        if not self.quiet:
+            say(describe_training(jobs, at_once))
+
+    def show(self, job: Job, steps: int) -> None:
+        """Take note of a network's steps."""
+        self.steps[job.folder, job.fold] = steps
+        made = sum(self.steps.values())
+        self.bar.update(made - self.bar.n)
+        if self.started is None and made:
+            self.started = made, time.monotonic()
+            self.next = made + FIRST_STEPS * self.at_once
+        if self.started and made >= self.next and made > self.started[0] and not self.quiet:
+            seconds = (time.monotonic() - self.started[1]) / (made - self.started[0]) * (self.total - made)
+            about = f"{made:,} of {self.total:,} steps of {plural(len(self.jobs), 'network')}"
+            say(f"{about}, about {time_text(seconds)} left")
+            self.next = made + LINE * self.total
+
+
+def time_text(seconds: float) -> str:
+    """Return a time such as "40 s", "12 min", "2.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class StepCounter(Callback):
+    """Tells how many steps a network has made, after each."""
+
+    def __init__(self, tell: Callable[[int], Any]) -> None:
+        """Call `tell` with the number."""
+        self.tell = tell
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Tell it."""
+        self.tell(trainer.global_step)
+
+
+def format_records(records: Sequence[dict]) -> str:
+    """Return a table of fitted folds, one a line."""
+    lines = [f"{'fold':>4}{'val_mcc':>10}{'epoch':>7}{'of':>4}{'minutes':>9}  validated on"]
+    for record in records:
+        lines.append(
+            f"{record['fold']:>4}{record['val_mcc']:>10.4f}{record['epoch']:>7}"
+            f"{record['epochs']:>4}{record['seconds'] / 60:>9.1f}  {name_some(record['val_tiles'])}"
+        )
+    scores = [record["val_mcc"] for record in records if record["fold"] != ALL]
+    if scores:
+        lines.append(f"mean{np.mean(scores):>10.4f}")
+    return "\n".join(lines)
+
+
+def _run(jobs: Sequence[Job], at_once: int, progress: Progress) -> list[Job]:
     """Run a process for each job, and return those that failed. On an interruption, the processes are ended."""
     waiting, failed = list(jobs), []
     running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
     try:
-        with tqdm(total=len(waiting), desc="networks", unit="network", file=sys.stderr) as bar:
-            while waiting or running:
-                for slot in [slot for slot in range(at_once) if slot not in running][: len(waiting)]:
-                    job = waiting.pop(0)
-                    running[slot] = job, start(job, slot)
-                for slot, (job, process) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[slot]
-                        bar.update()
-                        bar.write(
-                            f"{job.name}: {'failed' if process.returncode else 'done'}", file=sys.stderr
-                        )
-                        failed += [job] * (process.returncode != 0)
-                time.sleep(0.1)
+        while waiting or running:
+            for slot in [slot for slot in range(at_once) if slot not in running][: len(waiting)]:
+                job = waiting.pop(0)
+                running[slot] = job, start(job, slot)
+            for slot, (job, process) in list(running.items()):
+                if process.poll() is None:
+                    progress.show(job, steps_made(job))
+                    continue
+                del running[slot]
+                progress.show(job, job.steps)
+                say(f"{job.name}: {'failed' if process.returncode else 'done'}")
+                failed += [job] * (process.returncode != 0)
+            time.sleep(0.1)
     finally:
         _end([process for _, process in running.values()])
     return failed
 
 
+def steps_made(job: Job) -> int:
+    """Return how many steps the process of a job has made, 0 while it has not begun."""
+    path = fold_folder(job.folder, job.fold) / STEPS_FILE
+    return int(path.read_text()) if path.is_file() else 0
+
+
 def start(job: Job, slot: int) -> subprocess.Popen:
     """Start the process of a job on one thread; its slot among those at once decides the GPU."""
     job.folder.mkdir(parents=True, exist_ok=True)
+    (fold_folder(job.folder, job.fold) / STEPS_FILE).unlink(missing_ok=True)  # of a process that was killed
     settings = job.folder / f"fold{job.fold}.yaml"
     config = change_config(job.config, {"train": {"threads": job.config.train.threads or 1}}, "--jobs")
     write_whole(settings, lambda part: save_config(config, part))
@@ -144,5 +287,12 @@ def explain_failures(logs: Sequence[Path]) -> str:
     )
 
 
+def fit_alone(config: Config, folder: Path, fold: Fold) -> None:
+    """Train the one network of this process, and keep count of its steps in a file."""
+    path = fold_folder(folder, fold) / STEPS_FILE
+    fit_fold(config, fold, folder, [StepCounter(lambda steps: write_text(path, str(steps)))])
+    path.unlink(missing_ok=True)
+
+
 if __name__ == "__main__":
-    fit_folds(load_config(sys.argv[1]), Path(sys.argv[2]), parse_folds(sys.argv[3]))
+    fit_alone(load_config(sys.argv[1]), Path(sys.argv[2]), parse_folds(sys.argv[3])[0])

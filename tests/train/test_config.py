@@ -18,8 +18,8 @@ from train.config import (
 )
 
 RECIPE = PROJECT / "train" / "recipe.yaml"
-OF_OTHER_COMMANDS = ("ablations.yaml", "pixels.yaml")  # tables of changes, no recipes
-RECIPES = sorted(path for path in SMOKE.parent.glob("*.yaml") if path.name not in OF_OTHER_COMMANDS)
+# Sets of trials, which `ablate` reads, lie beside the recipes.
+RECIPES = sorted(path for path in SMOKE.parent.glob("*.yaml") if "\ntrials:" not in path.read_text())
 
 
 def write(path, text):
@@ -195,3 +195,10 @@ def test_members_differ_from_the_recipe_by_their_settings():
 def test_a_member_that_cannot_be_is_named(member, message):
     with pytest.raises(ConfigError, match=message):
         members_of(from_dict({"members": {"a": member}}, "test"))
+
+
+def test_a_setting_without_its_group_is_told_with_it():
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'encoder_name'; did you mean model\.args\.encoder_name\? "
+    ):
+        load_config(overrides=["encoder_name=resnet99"])

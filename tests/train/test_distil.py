@@ -11,10 +11,11 @@ from train.__main__ import main
 from train.config import AugmentConfig, DataConfig, change_config
 from train.data import CropDataset
 from train.distil import StudentModule, TaughtTiles, find_teachers, open_taught, teacher_loss, write_answers
-from train.fit import Method, fit_folds
+from train.fit import Method
 from train.losses import ExtentLoss
 from train.predict import as_member, predict_views
 from train.run import ALL, RunError, read_fold
+from train.side_by_side import Job, fit_jobs
 
 HELD_OUT = {0: ["000", "001"], 1: ["002", "003"]}
 NORMALIZATION = {"mean": [0.0] * 5, "std": [1.0] * 5}
@@ -119,7 +120,7 @@ def test_a_student_without_teachers_is_the_network_of_its_labels(smoke_run, stor
     """With a share of 0 answers have no say: the weights are those that `fit` makes of the same settings."""
     settings = {"distil": {"teachers": [str(smoke_run)], "share": 0.0}}
     config = change_config(smoke_config(store), settings, "test")
-    (record,) = fit_folds(config, tmp_path / "student", [0], Method(open_taught, StudentModule))
+    (record,) = fit_jobs([Job(config, tmp_path / "student", 0)], 1, Method(open_taught, StudentModule))
     assert (record["val_tiles"], record["train_tiles"]) == (HELD_OUT[0], HELD_OUT[1])
     taught = read_fold(tmp_path / "student" / "fold0" / "fold.pt")["state_dict"]
     alone = read_fold(smoke_run / "north" / "fold0" / "fold.pt")["state_dict"]

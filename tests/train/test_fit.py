@@ -22,8 +22,9 @@ from prep.store import TileStore
 from solution import build_network, normalize, pad_to_multiple
 from train.__main__ import main
 from train.config import Config, ConfigError, load_config
-from train.fit import fit_fold, fit_folds
+from train.fit import fit_fold
 from train.run import ALL, RunError, parse_folds, read_fold, read_folds, read_record
+from train.side_by_side import Job, fit_jobs
 
 
 def score_again(folder: Path, store: TileStore) -> float:
@@ -93,7 +94,7 @@ def test_the_folder_holds_results_only_with_the_history_of_the_kept_epoch(finish
 def test_a_finished_fold_is_not_fitted_again(finished, capsys):
     run, record, config = finished
     before = (run / "fold0" / "fold.pt").stat().st_mtime_ns
-    assert fit_folds(config, run, [0]) == [record]
+    assert fit_jobs([Job(config, run, 0)], 1) == [record]
     assert (run / "fold0" / "fold.pt").stat().st_mtime_ns == before
     assert "already finished" in capsys.readouterr().out
 
@@ -205,7 +206,7 @@ def test_the_command_trains_what_the_recipe_needs(smoke_run):
 def test_one_member_and_some_folds_can_be_asked_for(store, tmp_path):
     fit_smoke(store, tmp_path / "run", "--member", "north", "--folds", "1", "train.epochs=1")
     found = sorted(str(path.parent.relative_to(tmp_path / "run")) for path in tmp_path.rglob("fold.pt"))
-    assert found == ["kind/fold1", "north/fold1"]
+    assert found == ["north/fold1"]
 
 
 def test_folds_are_numbers_or_all_and_members_those_of_the_recipe(capsys, tmp_path):

@@ -32,6 +32,16 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(setting):
         trainer_options(load_config(overrides=[CPU, f"trainer.{setting}"]))
 
 
+def test_more_devices_than_there_are_gpus_are_refused():
+    there = max(1, torch.cuda.device_count())
+    more = [f"trainer.devices={there + 1}", f"data.batch_size={2 * (there + 1)}"]
+    with pytest.raises(
+        ConfigError, match=rf"\(make: DEVICES\) is {there + 1}, found .*; expected {there} at most"
+    ):
+        trainer_options(load_config(overrides=more))
+    assert trainer_options(load_config(overrides=[*more, CPU]))["devices"] == there + 1
+
+
 def test_processes_share_cores_and_crops(store):
     two = load_config(overrides=["trainer.devices=2", "data.batch_size=4"])
     assert threads_of(two) == max(1, threads_of(load_config()) // 2)

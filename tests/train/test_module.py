@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
-from train_helpers import smoke_config, weights_of
+from train_helpers import SMOKE, smoke_config, weights_of
 
 from train.config import ConfigError, load_config
 from train.fit import fit_fold
@@ -107,3 +107,10 @@ def test_batchnorms_have_the_momentum_that_is_asked_for(store):
 
     assert momenta(0.3) == {0.3}
     assert momenta("null") == {0.1}
+
+
+@pytest.mark.parametrize("argument", ["encoder_name=tu-nope", "decoder_channels=[16,8]", "encoder_depth=9"])
+def test_a_network_that_cannot_be_built_is_told_in_one_line(argument):
+    config = load_config(SMOKE, [f"model.args.{argument}"])
+    with pytest.raises(ConfigError, match="model.args .* no Unet can be built: "):
+        SegmentationModule(config)

@@ -264,10 +264,3 @@ def test_tiles_of_a_store_are_counted_with_their_labels_and_folds(tmp_path):
         ("001", 3, "phase1"),
     ]
     assert tiles[0].confusion.sum() + tiles[0].ignored == store.mask("002").size
-
-
-def test_work_is_counted_from_the_network():
-    args = {"encoder_name": "mobilenet_v2", "encoder_depth": 3, "decoder_channels": [32, 16, 16]}
-    small = metrics.count_gmac({"name": "Unet", "args": args})
-    wide = metrics.count_gmac({"name": "Unet", "args": args | {"decoder_channels": [64, 32, 32]}})
-    assert 1 < small < wide < 50

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from train_helpers import SMOKE, smoke_config
 import solution
 from prep.store import TileStore
 from train.__main__ import main
-from train.config import change_config, load_config
+from train.config import change_config, load_config, to_text
 from train.pack import batchnorm_pairs, mergeable_pairs, pack
 from train.run import RunError, read_fold
 
@@ -38,7 +39,7 @@ def test_the_packed_model_answers_as_the_networks_of_its_run(packed, smoke_run, 
     assert [member.weight for member in model.members] == [0.5, 0.5, 1.0]
     assert model.passes == ((0, 0), (1, 0), (2, 0), (2, 1))  # every network before any second view
     whole = model._replace(members=tuple(members[:3]), kind=members[3])
-    found, expected = (solution.predict_window(one, image).probs for one in (model, whole))
+    found, expected = (solution.predict_window(one, image)[0] for one in (model, whole))
     assert np.abs(found - expected).max() < 5e-3  # float16 weights
     assert expected[1].std() > 1e-4
 
@@ -63,6 +64,29 @@ def test_the_card_names_the_hash_of_the_file_and_its_scores(packed, smoke_run, s
     value = json.loads((smoke_run / "scores.json").read_text())["intervals"]["extent MCC"][0]
     assert f"| {value:.3f} |" in card and TileStore(store).fingerprint in card
     assert "2 tiles tell both kinds of glacier, 0 in part, 2 none" in card
+
+
+def test_the_limits_on_the_card_are_those_of_the_store(packed, store):
+    card, opened = (packed.parent / "model_card.md").read_text(), TileStore(store)
+    km2 = {name: sum(tile.counts[name] for tile in opened.tiles) * 0.0009 for name in opened.tiles[0].counts}
+    assert km2["lake"] > 0.05 and f"Lakes are never predicted ({km2['lake']:.1f} km² in the labels)" in card
+    assert f"Debris is known from {km2['debris']:.1f} km² of labels" in card
+    assert f"4 tiles with {sum(km2.values()) - km2['ignore']:.0f} km² of labelled pixels (blue " in card
+    assert (
+        "north above" not in card and "scene" not in card
+    )  # asked in two views; how many scenes is not known
+
+
+def test_the_command_on_the_card_repeats_the_run(packed, store):
+    """The settings that the card's SET and SCHEME give are those of the packed recipe."""
+    content = torch.load(packed, weights_only=True)
+    words = shlex.split(content["provenance"]["command"])
+    given = dict(word.split("=", 1) for word in words[-3:])
+    assert words[:2] == ["make", "train-all"] and given["RECIPE"] == str(SMOKE)
+    made = load_config(
+        SMOKE, [f"data.store={store}", f"data.scheme={given['SCHEME']}", *given["SET"].split()]
+    )
+    assert to_text(made) == content["recipe"] and given["SET"] == "pack.time_budget=30.0"
 
 
 def test_merged_batchnorms_change_nothing(packed):

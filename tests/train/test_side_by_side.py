@@ -2,19 +2,25 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import SMOKE, fit_smoke, same_weights
+from train_helpers import SMOKE, fit_smoke, same_weights, smoke_config
 
 from train import side_by_side
 from train.__main__ import main
-from train.side_by_side import Job, _run, explain_failures, gpu_of, log_of
+from train.side_by_side import Job, Progress, _run, explain_failures, gpu_of, log_of, steps_made, time_text
 
 
 def test_networks_at_once_have_the_weights_of_one_after_the_other(store, smoke_run, tmp_path, capsys):
     run = fit_smoke(store, tmp_path / "run", "--jobs", "2", "--member", "north")
-    assert capsys.readouterr().out.splitlines()[0].split()[0] == "fold"
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "training 2 networks, 2 at once, on CPU, precision 32-true, 1 thread each; 8 steps of 2 "
+    )
+    assert {"north, fold 0: done", "north, fold 1: done"} <= set(said.splitlines())
+    assert not list(run.rglob(side_by_side.STEPS_FILE))
     for fold in ("fold0", "fold1"):
         assert "epoch 2/2" in (run / "north" / f"{fold}.log").read_text()
         assert same_weights(run / "north" / fold, smoke_run / "north" / fold)
@@ -25,6 +31,7 @@ def test_networks_at_once_have_the_weights_of_one_after_the_other(store, smoke_r
     [
         (["--jobs", "0"], "--jobs is 0, expected 1 or more"),
         (["--jobs", "2", "data.batch_size=4", "trainer.devices=2"], "each network would take 2 devices"),
+        (["--jobs", "2", "--folds", "9", "--member", "north"], "has no fold 9; it has folds 0, 1"),
     ],
 )
 def test_what_cannot_run_side_by_side_is_refused(store, tmp_path, capsys, given, message):
@@ -32,6 +39,39 @@ def test_what_cannot_run_side_by_side_is_refused(store, tmp_path, capsys, given,
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_time_left_is_that_of_all_networks(monkeypatch, capsys):
+    """Three networks of 40 steps; from the first step to the 21st in all the clock moves by 3 s: 99 take 15 s."""
+    config = smoke_config("nowhere", "train.epochs=20")
+    jobs = [Job(config, Path(name), 0) for name in "abc"]
+    progress = Progress(jobs, at_once=2)
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(side_by_side.time, "monotonic", lambda: next(clock))
+    for step in range(1, 13):  # of two networks, the third waits
+        progress.show(jobs[0], step)
+        progress.show(jobs[1], step)
+    first, line = capsys.readouterr().out.splitlines()
+    assert (
+        first.startswith("training 3 networks, 2 at once, on CPU")
+        and "; 120 steps of 2 crops of 64 px" in first
+    )
+    assert line == "21 of 120 steps of 3 networks, about 15 s left"
+    assert (time_text(99), time_text(720), time_text(9000)) == ("99 s", "12 min", "2.5 h")
+
+
+def test_steps_of_a_process_are_read_from_its_file(tmp_path):
+    job = Job(smoke_config("nowhere"), tmp_path, 1)
+    assert steps_made(job) == 0
+    (tmp_path / "fold1").mkdir()
+    (tmp_path / "fold1" / side_by_side.STEPS_FILE).write_text("17")
+    assert steps_made(job) == 17
+
+
+def test_finished_networks_start_no_process(store, smoke_run, monkeypatch, capsys):
+    monkeypatch.setattr(side_by_side, "start", lambda *_: pytest.fail("a process was started"))
+    fit_smoke(store, smoke_run, "--jobs", "2")
+    assert "north, fold 0: already finished, val_mcc" in capsys.readouterr().out
 
 
 def start_scripts(monkeypatch, scripts: dict, started: list) -> None:
@@ -50,7 +90,8 @@ def start_scripts(monkeypatch, scripts: dict, started: list) -> None:
 def test_at_most_so_many_run_at_once_and_failures_are_named(tmp_path, monkeypatch):
     scripts, started = {0: "print('done')", 1: "raise SystemExit('b has no tiles')", 2: "print('done')"}, []
     start_scripts(monkeypatch, scripts, started)
-    failed = _run([Job(None, tmp_path, fold) for fold in scripts], 2)
+    jobs = [Job(smoke_config("nowhere"), tmp_path, fold) for fold in scripts]
+    failed = _run(jobs, 2, Progress(jobs, 2))
     assert [job.fold for job in failed] == [1] and {slot for slot, _ in started} == {0, 1}
     text = explain_failures([log_of(job) for job in failed])
     assert text.startswith("1 networks failed; the same command tries them again")
@@ -60,8 +101,9 @@ def test_at_most_so_many_run_at_once_and_failures_are_named(tmp_path, monkeypatc
 def test_an_interruption_ends_the_processes(tmp_path, monkeypatch):
     started = []
     start_scripts(monkeypatch, {0: "import time; time.sleep(600)"}, started)
+    jobs = [Job(smoke_config("nowhere"), tmp_path, fold) for fold in (0, 1)]
     with pytest.raises(KeyError):  # there is no script for the second one
-        _run([Job(None, tmp_path, 0), Job(None, tmp_path, 1)], 2)
+        _run(jobs, 2, Progress(jobs, 2))
     assert started[0][1].poll() is not None
 
 

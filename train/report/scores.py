@@ -78,12 +78,16 @@ def find_scheme(run_dir: Path) -> str:
     if (run_dir / RUN_FILE).is_file():
         return str(json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))["scheme"])
     schemes = {str(OmegaConf.load(path).data.scheme) for path in _configs(run_dir)}
-    if len(schemes) != 1:
-        found = (
-            f"folds of the schemes {', '.join(sorted(schemes))}" if schemes else f"no {RUN_FILE}, no folds"
-        )
+    if not schemes:
+        there = name_some(sorted(str(path) for path in run_dir.parent.glob("*/") if path != run_dir))
         raise ReportError(
-            f"{run_dir}: found {found}; expected a run of one fold scheme. Train into an empty folder."
+            f"{run_dir}: holds no finished run; expected a folder that `python -m train fit` and then `score` wrote. "
+            f"Beside it: {there or 'nothing'}"
+        )
+    if len(schemes) > 1:
+        found = ", ".join(sorted(schemes))
+        raise ReportError(
+            f"{run_dir}: found folds of the schemes {found}; expected one. Train each into a folder of its own."
         )
     return schemes.pop()
 
