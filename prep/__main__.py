@@ -78,6 +78,9 @@ def _add_hkh(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--kinds", help="what these files show, where their names do not say it: clean,debris,any"
     )
+    parser.add_argument(
+        "--layer", nargs="+", default=[], help="of files with several, in the order of --kinds"
+    )
     parser.add_argument("--border", type=Path, help="region outside of which nothing is labelled, hkh.shp")
     parser.add_argument(
         "--mask-order", help="channels of a patch's mask (default: clean,debris where it has two)"
@@ -169,6 +172,7 @@ def run_hkh(options: argparse.Namespace) -> None:
         patches=options.patches,
         mask_order=options.mask_order,
         kinds=options.kinds and options.kinds.replace(" ", "").split(","),
+        layers=options.layer,
         border=options.border,
         column=options.column,
         words=parse_words(options.words),

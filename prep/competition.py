@@ -28,7 +28,6 @@ from solution import (
     TileError,
     TileFiles,
     find_tiles,
-    implausible_units,
     read_tile,
     valid_mask,
     warn,
@@ -169,6 +168,8 @@ def _write_tiles(
     for files in tqdm(tiles, desc="tiles", unit="tile", disable=None):
         label, phase = labels.files[files.tile_id], labels.phases[files.tile_id]
         try:
+            for path in filter(None, files.paths):
+                label_files.require_codec(path)
             image = read_tile(files)
             mask = make_mask(image, label, phase)
         except TileError as error:
@@ -203,7 +204,7 @@ def outlines_of(tiles: Sequence[TileFiles]) -> dict[str, Polygon]:
 def make_mask(image: np.ndarray, label: LabelFile, phase: str) -> np.ndarray:
     """Return the mask of codes, (H, W) uint8, for an image (H, W, 5); nodata pixels become IGNORE.
 
-    Warns where the label marks much of what is nodata, and where the units look wrong.
+    Warns where the label marks much of what is nodata.
 
     Raises:
         TileError: the label's shape is not the tile's.
@@ -218,9 +219,6 @@ def make_mask(image: np.ndarray, label: LabelFile, phase: str) -> np.ndarray:
     marked = int(np.count_nonzero(mask[nodata]))
     if marked > LARGEST_MARKED_SHARE * max(1, int(np.count_nonzero(nodata))):
         warn(f"{label.path} marks {marked:,} px without data, ignored here; does it belong to this tile?")
-    units = implausible_units(image)
-    if units:
-        warn(f"tile {label.tile_id}: {units}")
     mask[nodata] = IGNORE
     return mask
 

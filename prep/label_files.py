@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Iterable, NamedTuple, Optional, Sequence
 
 import cv2
 import numpy as np
+import tifffile
 
 from prep.labels import GLACIER_OR_DEBRIS
 from solution import CLASS_NAMES, CLASS_VALUES, MOST_PIXELS, TIFF_SUFFIXES, TileError, decode_tiff, tile_id
@@ -22,6 +24,13 @@ LABEL_FOLDERS: dict[str, Optional[str]] = {
 LABEL_SUFFIXES = (*TIFF_SUFFIXES, ".png")
 PHASES = ("phase1", "partial", "phase2")
 KIND_UNKNOWN = 127  # value of a glacier in label_partial/ whose kind nobody has mapped
+UNREAD = {
+    34887: "LERC",
+    34926: "ZSTD",
+    50000: "ZSTD",
+    50001: "WebP",
+    50002: "JPEG XL",
+}  # the grader cannot either
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 LAKE_VALUE = CLASS_VALUES[CLASS_NAMES.index("lake")]
@@ -77,6 +86,7 @@ def read_label(path: Path) -> np.ndarray:
     Raises:
         TileError: unreadable, or more than one channel.
     """
+    require_codec(path)
     pixels = decode_tiff(path)[0] if path.suffix.lower() in TIFF_SUFFIXES else _decode_png(path)
     if pixels.ndim == 3 and pixels.shape[-1] in (3, 4) and (pixels[..., :3] == pixels[..., :1]).all():
         pixels = pixels[..., 0]
@@ -84,10 +94,23 @@ def read_label(path: Path) -> np.ndarray:
         pixels = pixels[0] if pixels.shape[0] == 1 else pixels[..., 0]
     if pixels.ndim != 2 or pixels.size == 0:
         raise TileError(
-            f"{path}: found an array of shape {pixels.shape}, expected one grey channel (H, W); "
-            "export the label as a single-band file"
+            f"{path}: found an array of shape {pixels.shape}, as of colours or a palette, expected one grey channel "
+            "(H, W); export the label's values, without a palette, as a single-band file"
         )
     return pixels
+
+
+def require_codec(path: Path) -> None:
+    """Raise TileError for a TIFF of a compression that solution.py cannot undo either."""
+    codec = None
+    if path.is_file():  # a pipe would be read for ever; what is damaged is explained by who reads it
+        with suppress(Exception), tifffile.TiffFile(path) as tiff:
+            codec = UNREAD.get(tiff.pages.first.compression)
+    if codec:
+        raise TileError(
+            f"{path}: found {codec} compression, expected deflate, LZW or none; convert it with "
+            f"gdal_translate -co COMPRESS=DEFLATE {path.name} new.tif"
+        )
 
 
 def _decode_png(path: Path) -> np.ndarray:

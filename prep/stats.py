@@ -11,6 +11,9 @@ from solution import BANDS, KitError
 if TYPE_CHECKING:
     from prep.store import TileStore
 
+IMAGENET = (0.406, 0.456, 0.485)  # means of blue, green and red in guides
+PLAUSIBLE = {"reflectance": (-0.2, 1.6), "kelvin": (200, 330)}  # means of a band
+
 
 class StatsError(KitError):
     """No statistics can be computed; the message names the band."""
@@ -88,6 +91,18 @@ def compute(store: TileStore, tile_ids: Iterable[str]) -> dict[str, list]:
 def describe(statistics: dict[str, list]) -> dict[str, list]:
     """Add the names and units of the bands: the content of stats.json."""
     return {"bands": [band.name for band in BANDS], "units": [band.unit for band in BANDS], **statistics}
+
+
+def plausible(statistics: Mapping[str, list]) -> str:
+    """Return the bands' means as text. Raises StatsError where they are ImageNet's, or in other units than ours."""
+    found = np.round(statistics["mean"], 3)
+    low, high = np.transpose([PLAUSIBLE[band.unit] for band in BANDS])
+    if not ((low < found) & (found < high)).all() or np.allclose(np.sort(found[:3]), IMAGENET, atol=0.01):
+        raise StatsError(
+            f"found means {found.tolist()}, expected those of the tiles, reflectance and kelvin, and not ImageNet's; "
+            "make the store again with python -m prep, and train again"
+        )
+    return f"means {found.tolist()}"
 
 
 def format_table(statistics: dict[str, list]) -> str:

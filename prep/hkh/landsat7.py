@@ -59,6 +59,12 @@ class SceneError(KitError):
     """A scene or its labels cannot be used; the message names file, finding, expectation and remedy."""
 
 
+def unreadable(path: Path, error: Exception) -> SceneError:
+    """Return the error for a file that GDAL or numpy cannot read."""
+    size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
+    return SceneError(f"{path}: cannot be read ({size}; {error}); copy or download the file again")
+
+
 def require_files(paths: Iterable[Path]) -> None:
     """Raise SceneError for the first path that is no file, such as a pipe, which would be read for ever."""
     for path in paths:

@@ -15,8 +15,9 @@ from rasterio.warp import transform as transform_points
 
 from prep.ground import WGS84
 from prep.hkh import landsat7
-from prep.hkh.landsat7 import SceneError, Sun
-from prep.hkh.sources import Grid, RawTile, require_names, require_one_each, unreadable
+from prep.hkh.landsat7 import SceneError, Sun, unreadable
+from prep.hkh.polygons import LEAST_REGION
+from prep.hkh.sources import Grid, RawTile, require_names, require_one_each
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from solution import CLASS_NAMES, warn
 
@@ -29,7 +30,6 @@ ORDERS = (  # of the channels of a mask, by their number
 PUBLISHED = {2: ("clean", "debris")}
 SURVEYED = 400  # patches whose masks are looked at before anything is written
 ROUNDING = 0.02  # of the glaciers: outlines that were burnt one by one may differ in their edge pixels
-LEAST_REGION = 2  # times the glaciers' area, as for a border
 UTM_ZONES = range(41, 49)  # of the Hindu Kush Himalaya
 IMAGE_COLUMN, SOURCE_COLUMN = "img_slice", "img_source"  # of slices.geojson
 

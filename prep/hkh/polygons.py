@@ -17,7 +17,7 @@ import shapely
 from rasterio.crs import CRS
 from shapely.geometry.base import BaseGeometry
 
-from prep.hkh.landsat7 import SceneError, require_files
+from prep.hkh.landsat7 import SceneError, require_files, unreadable
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from solution import CLASS_NAMES, warn
 
@@ -34,16 +34,24 @@ LEAST_REGION = 2  # times the glaciers' area: a border around less encloses glac
 
 
 class Layer(NamedTuple):
-    """A vector file: the label code of all its outlines, or None where `column` tells the kind of each."""
+    """A layer of a vector file: the label code of all its outlines, or None where `column` tells the kind of each."""
 
     path: Path
     code: int | None
     column: str = DEFAULT_COLUMN
     words: Mapping[str, str] = DEFAULT_WORDS
+    layer: str | None = None  # None: the file's only one
 
     def files(self) -> list[Path]:
-        """Return the file and what belongs to it; a shapefile has several parts."""
-        return sorted({self.path, *self.path.parent.glob(f"{glob.escape(self.path.stem)}.*")})
+        """Return the file and what belongs to it; a shapefile has several parts, a .gdb is a folder."""
+        return files_of(self.path)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return a vector file and the files that belong to it."""
+    if path.is_dir():
+        return sorted(path.iterdir())
+    return sorted({path, *path.parent.glob(f"{glob.escape(path.stem)}.*")})
 
 
 def code_of(value: object, words: Mapping[str, str]) -> int | None:
@@ -62,47 +70,82 @@ def code_of(value: object, words: Mapping[str, str]) -> int | None:
 
 
 def plan_layers(
-    paths: Sequence[Path], kinds: Sequence[str] | None, column: str, words: Mapping[str, str]
+    paths: Sequence[Path],
+    kinds: Sequence[str] | None,
+    column: str,
+    words: Mapping[str, str],
+    wanted: Sequence[str] = (),
 ) -> tuple[Layer, ...]:
     """Return vector files with what they show: by `kinds`, else by their names, else by their column.
 
+    `wanted`: layers of files with several.
+
     Raises SceneError: a file that cannot be read or does not say where or what its outlines are.
     """
-    if kinds and (len(kinds) != len(paths) or not set(kinds) <= set(KINDS)):
+    chosen = [(path, layer) for path in paths for layer in choose_layers(path, wanted)]
+    absent = set(wanted) - {layer for _, layer in chosen}
+    if absent:
         raise SceneError(
-            f"--kinds: found {','.join(kinds)} for {len(paths)} file(s) of --labels, expected one of "
-            f"{', '.join(KINDS)} a file, e.g. --kinds clean,debris"
+            f"--layer: no file of --labels has several layers, of which one is {', '.join(sorted(absent))}"
+        )
+    if kinds and (len(kinds) != len(chosen) or not set(kinds) <= set(KINDS)):
+        raise SceneError(
+            f"--kinds: found {','.join(kinds)} for {len(chosen)} file(s) or layers of --labels, expected one of "
+            f"{', '.join(KINDS)} for each, e.g. --kinds clean,debris"
         )
     return tuple(
-        plan_layer(path, kinds[index] if kinds else None, column, words) for index, path in enumerate(paths)
+        plan_layer(path, layer, kinds[index] if kinds else None, column, words)
+        for index, (path, layer) in enumerate(chosen)
     )
 
 
-def plan_layer(path: Path, kind: str | None, column: str, words: Mapping[str, str]) -> Layer:
-    """Return a vector file with what it shows. Raises SceneError as `plan_layers`."""
-    fields = read_fields(path)
-    named = code_of(path.stem, words)
+def choose_layers(path: Path, wanted: Sequence[str] = ()) -> list[str | None]:
+    """Return the layers of a vector file to read, None for its only one.
+
+    Raises SceneError: it cannot be read, or has several and none is wanted.
+    """
+    require_files(files_of(path))
+    try:
+        names = [str(name) for name in pyogrio.list_layers(path)[:, 0]]
+    except Exception as error:  # GDAL's many kinds for files that are missing or damaged
+        raise unreadable(path, error) from error
+    found: list[str | None] = [name for name in wanted if name in names]
+    if len(names) > 1 and not found:
+        raise SceneError(
+            f"{path}: found the layers {', '.join(names)}, expected one; name those of --labels with --layer, e.g. "
+            f"--layer {names[0]}, and export that of --border as a file of its own"
+        )
+    return found if len(names) > 1 else [None]
+
+
+def plan_layer(
+    path: Path, layer: str | None, kind: str | None, column: str, words: Mapping[str, str]
+) -> Layer:
+    """Return a layer of a vector file with what it shows. Raises SceneError as `plan_layers`."""
+    fields = read_fields(path, layer)
+    name = layer or path.stem
+    named = code_of(name, words)
     if kind:
-        return Layer(path, KINDS[kind])
+        return Layer(path, KINDS[kind], layer=layer)
     if named not in (None, GLACIER_OR_DEBRIS):  # with the words of both kinds its column has to tell
-        return Layer(path, named)
+        return Layer(path, named, layer=layer)
     if column in fields:
-        check_column(path, column, words)
-        return Layer(path, None, column, words)
-    if EXTENT_WORD in path.stem.lower() or named is not None:
-        return Layer(path, GLACIER_OR_DEBRIS)
+        planned = Layer(path, None, column, words, layer)
+        check_column(planned)
+        return planned
+    if EXTENT_WORD in name.lower() or named is not None:
+        return Layer(path, GLACIER_OR_DEBRIS, layer=layer)
     raise SceneError(
         f"{path}: no column '{column}', found {', '.join(fields) or 'none'}; name the one that tells clean ice from "
         "debris with --column, or say what the file shows with --kinds. A border of the region goes to --border"
     )
 
 
-def read_fields(path: Path) -> list[str]:
-    """Return the columns of a vector file. Raises SceneError where it cannot be read or has no CRS."""
-    require_files(Layer(path, None).files())
+def read_fields(path: Path, layer: str | None) -> list[str]:
+    """Return the columns of a layer. Raises SceneError where it cannot be read or has no coordinate system."""
     try:
-        info = pyogrio.read_info(path)
-    except Exception as error:  # GDAL's many kinds for files that are missing or damaged
+        info = pyogrio.read_info(path, layer=layer)
+    except Exception as error:
         raise unreadable(path, error) from error
     if info["crs"] is None:
         raise SceneError(
@@ -111,15 +154,11 @@ def read_fields(path: Path) -> list[str]:
     return [str(name) for name in info["fields"]]
 
 
-def unreadable(path: Path, error: Exception) -> SceneError:
-    """Return the error for a vector file that GDAL cannot read."""
-    return SceneError(f"{path}: cannot be read as polygons ({error}); copy or export it again")
-
-
-def check_column(path: Path, column: str, words: Mapping[str, str]) -> None:
+def check_column(layer: Layer) -> None:
     """Warn of values that are none of the classes. Raises SceneError where all are."""
+    path, _, column, words, name = layer
     try:
-        table = pyogrio.read_dataframe(path, columns=[column], read_geometry=False)
+        table = pyogrio.read_dataframe(path, layer=name, columns=[column], read_geometry=False)
     except Exception as error:
         raise unreadable(path, error) from error
     values = Counter(str(value) for value in table[column])
@@ -141,8 +180,8 @@ def plan_border(path: Path, layers: Sequence[Layer]) -> Layer:
     Raises SceneError: it cannot be read, or encloses glaciers rather than a region, as the `hkh.shp` of some
     copies.
     """
-    read_fields(path)
-    border = Layer(path, 1)
+    border = Layer(path, 1, layer=choose_layers(path)[0])
+    read_fields(path, border.layer)
     areas = {"kinds": 0.0, "extents": 0.0}
     for layer in layers:
         areas["extents" if layer.code == GLACIER_OR_DEBRIS else "kinds"] += area_km2(layer)
@@ -159,7 +198,7 @@ def plan_border(path: Path, layers: Sequence[Layer]) -> Layer:
 def area_km2(layer: Layer) -> float:
     """Return the area of all outlines of a file. Raises SceneError where it cannot be read."""
     try:
-        areas = geopandas.read_file(layer.path, columns=[]).to_crs(EQUAL_AREA).area
+        areas = geopandas.read_file(layer.path, layer=layer.layer, columns=[]).to_crs(EQUAL_AREA).area
     except Exception as error:
         raise unreadable(layer.path, error) from error
     return float(areas[np.isfinite(areas)].sum()) / 1e6
@@ -200,10 +239,10 @@ def read_outlines(layer: Layer, crs: CRS, bounds: Sequence[float]) -> list[tuple
     Raises SceneError: the file cannot be read.
     """
     try:
-        own = CRS.from_user_input(pyogrio.read_info(layer.path)["crs"])
+        own = CRS.from_user_input(pyogrio.read_info(layer.path, layer=layer.layer)["crs"])
         box = rasterio.warp.transform_bounds(crs, own, *bounds, densify_pts=21)
         columns = [layer.column] if layer.code is None else []
-        table = geopandas.read_file(layer.path, bbox=box, columns=columns)
+        table = geopandas.read_file(layer.path, layer=layer.layer, bbox=box, columns=columns)
     except Exception as error:
         raise unreadable(layer.path, error) from error
     areas = table[table.geom_type.isin(AREAS) & ~table.is_empty]  # a missing geometry has no type

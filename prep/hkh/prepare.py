@@ -77,8 +77,8 @@ class Settings(NamedTuple):
 class Source(NamedTuple):
     """The input: a folder of scenes and their labels, or one of patches.
 
-    `labels`: vector files with `kinds` a file, or one folder of mask files. `mask_order`: channels of a
-    patch's mask. `exclude_ground`: a store on whose ground no tile is kept.
+    `labels`: vector files with `kinds` a file, or one folder of mask files. `layers`: of files with
+    several. `mask_order`: channels of a patch's mask. `exclude_ground`: a store on whose ground no tile is kept.
     """
 
     scenes: Path | None = None
@@ -86,6 +86,7 @@ class Source(NamedTuple):
     patches: Path | None = None
     mask_order: str | None = None
     kinds: Sequence[str] | None = None
+    layers: Sequence[str] = ()
     border: Path | None = None
     column: str = DEFAULT_COLUMN
     words: Mapping[str, str] = DEFAULT_WORDS
@@ -198,9 +199,9 @@ def plan(source: Source, settings: Settings) -> list[Job]:
 def plan_labels(source: Source) -> Labels:
     """Return the labels of scenes. Raises SceneError where they cannot be used."""
     paths = [real(path) for path in source.labels]
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) == 1 and paths[0].is_dir() and paths[0].suffix != ".gdb":
         return Labels((), None, paths[0], source.words)
-    layers = plan_layers(paths, source.kinds, source.column, source.words)
+    layers = plan_layers(paths, source.kinds, source.column, source.words, source.layers)
     border = plan_border(real(source.border), layers) if source.border else None
     return Labels(layers, border, None, source.words)
 
@@ -222,6 +223,7 @@ def describe_source(source: Source, settings: Settings, jobs: Sequence[Job]) -> 
         "source": name(source.patches or source.scenes),
         "labels": [name(path) for path in source.labels],
         "kinds": source.kinds,
+        "layers": list(source.layers),
         "border": name(source.border),
         "column": source.column,
         "words": dict(source.words),
@@ -431,14 +433,9 @@ def outlines(kept: Sequence[Kept]) -> dict[str, shapely.Polygon]:
 
 def on_seen_ground(kept: Sequence[Kept], seen: Sequence[shapely.Polygon]) -> set[str]:
     """Return the ids of tiles that meet `seen` ground. Raises PrepError where the place of some is unknown."""
-    unknown = [tile.row.tile_id for tile in kept if not tile.footprint]
+    unknown = sum(not tile.footprint for tile in kept)
     if seen and unknown:
-        raise PrepError(
-            [
-                f"--exclude-ground: where {len(unknown)} tiles lie is not known ({store.name_some(unknown, 3)}); "
-                "put the slices.geojson of the data set beside the patches"
-            ]
-        )
+        raise PrepError([f"--exclude-ground: where {unknown} tiles lie is not known; {ground.PLACES}"])
     return ground.on_ground(outlines(kept), seen)
 
 

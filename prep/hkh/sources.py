@@ -15,7 +15,7 @@ from rasterio.windows import transform as window_transform
 
 from prep import ground
 from prep.hkh import landsat7
-from prep.hkh.landsat7 import SceneError, Sun
+from prep.hkh.landsat7 import SceneError, Sun, unreadable
 from prep.hkh.polygons import BURN_ORDER, FARTHEST, Layer, burn
 from prep.labels import OTHER_OR_LAKE
 from solution import CLASS_NAMES, TIFF_SUFFIXES
@@ -81,7 +81,7 @@ class SceneJob(NamedTuple):
 
     def meaning(self) -> list:
         """Return what else the result depends on."""
-        kinds = [(layer.code, layer.column, sorted(layer.words.items())) for layer in self.labels.layers]
+        kinds = [(*layer[1:3], layer.layer, sorted(layer.words.items())) for layer in self.labels.layers]
         return [self.name, self.channels, self.sun, self.grid, kinds, [code for code, _ in self.masks]]
 
     def tiles(self) -> Iterator[RawTile]:
@@ -172,12 +172,6 @@ def check_place(scene: rasterio.DatasetReader, path: Path) -> None:
             f"{path}: its corners have no longitude and latitude in {scene.crs}; export it again in the UTM "
             "zone that it lies in"
         )
-
-
-def unreadable(path: Path, error: Exception) -> SceneError:
-    """Return the error for a file that GDAL or numpy cannot read."""
-    size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
-    return SceneError(f"{path}: cannot be read ({size}; {error}); copy or download the file again")
 
 
 # --- Windows --------------------------------------------------------------------------------------

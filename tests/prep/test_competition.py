@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import rasterio
 import tifffile
+from PIL import Image
 
 from prep.__main__ import main
 from prep.competition import PrepError, prepare
@@ -336,6 +337,34 @@ def test_a_grey_label_saved_as_red_green_blue_is_read(data, out):
     coloured = np.repeat(phase1_label().astype(np.uint8)[..., None], 3, axis=-1)
     write_label(data, "label", "03_08", coloured)
     assert prepare(data, out.with_name("again")).tiles == expected
+
+
+@pytest.mark.parametrize("codec", ["ZSTD", "LERC"])
+@pytest.mark.parametrize("place", ["Band2", "label"])
+def test_a_compression_that_nothing_here_undoes_is_named_with_the_way_out(data, out, codec, place):
+    path = next((data / place).glob("*03_08.tif"))
+    values = tifffile.imread(path)
+    profile = {"height": SHAPE[0], "width": SHAPE[1], "count": 1, "dtype": values.dtype, "compress": codec}
+    with rasterio.open(path, "w", driver="GTiff", **profile) as file:
+        file.write(values, 1)
+    with pytest.raises(
+        PrepError, match=rf"03_08.tif: found {codec} compression.*-co COMPRESS=DEFLATE"
+    ) as caught:
+        prepare(data, out)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_png_with_a_palette_is_read_where_it_is_grey_and_named_where_it_is_not(data, out):
+    expected = prepare(data, out).tiles
+    (data / "label" / "Y_output_resized_03_08.tif").unlink()
+    picture = Image.fromarray(phase1_label().astype(np.uint8) // 255, "P")
+    picture.putpalette([0, 0, 0, 255, 255, 255])
+    picture.save(data / "label" / "label_03_08.png")
+    assert prepare(data, out.with_name("again")).tiles == expected
+    picture.putpalette([0, 0, 0, 255, 0, 0])
+    picture.save(data / "label" / "label_03_08.png")
+    with pytest.raises(PrepError, match="label_03_08.png: found .* a palette, expected one grey channel"):
+        prepare(data, out.with_name("again"), overwrite=True)
 
 
 def test_two_labels_for_one_tile_are_refused(data, out):

@@ -1,11 +1,15 @@
 """First weights: of ImageNet, under the right names; of a checkpoint, with its statistics; refused elsewhere."""
 
+import shutil
 from collections import OrderedDict
 
 import pytest
+import shapely
 import torch
-from train_helpers import SMOKE, smoke_config, weights_of
+from train_helpers import SMOKE, make_store, smoke_config, weights_of
 
+from prep import ground
+from prep.store import TileStore
 from solution import BANDS, build_network
 from train import pretrained
 from train.__main__ import main
@@ -15,7 +19,9 @@ from train.pretrained import (
     load_imagenet,
     read_pretrained,
     rename,
+    seen_ground,
     spread_over_bands,
+    warn_of_seen_ground,
     weights_file,
 )
 from train.run import read_fold
@@ -135,3 +141,35 @@ def test_a_missing_or_damaged_checkpoint_is_named(store, tmp_path, capsys):
     (tmp_path / "damaged.pt").write_bytes(b"damaged")
     with pytest.raises(PretrainedError, match="damaged.pt cannot be read"):
         read_pretrained(tmp_path / "damaged.pt", {})
+
+
+# --- Ground -------------------------------------------------------------------------------------------------
+
+
+def with_ground(folder, ids):
+    """Write where these tiles of a store lie, side by side; return the outlines."""
+    outlines = {name: shapely.box(76 + number, 33, 77 + number, 34) for number, name in enumerate(ids)}
+    ground.write_ground(folder, outlines)
+    return outlines
+
+
+def test_a_network_has_seen_the_ground_of_its_tiles_and_of_its_first_weights(checkpoint, tmp_path):
+    folder = make_store(tmp_path / "store", size=64)
+    config = smoke_config(folder)
+    assert shapely.from_wkt(seen_ground(config, ["000", "001"])).is_empty  # a store without ground.geojson
+    outlines = with_ground(folder, ["000", "001"])
+    assert shapely.from_wkt(seen_ground(config, ["000", "002"])).equals(outlines["000"])
+    torch.save({**read_fold(checkpoint), "ground": outlines["001"].wkt}, tmp_path / "first.pt")
+    config.model.pretrained = str(tmp_path / "first.pt")
+    assert shapely.from_wkt(seen_ground(config, ["000"])).equals(shapely.box(76, 33, 78, 34))
+
+
+def test_held_out_tiles_on_ground_that_was_seen_are_named(smoke_run, store, tmp_path, capsys):
+    run, folder = shutil.copytree(smoke_run, tmp_path / "run"), shutil.copytree(store, tmp_path / "store")
+    outlines, opened = with_ground(folder, TileStore(folder).tile_ids), TileStore(folder)
+    record = read_fold(run / "north" / "fold0" / "fold.pt")
+    own = shapely.union_all([outlines[name] for name in record["train_tiles"]])
+    for seen, expected in ((own, set()), (own.union(outlines["001"].buffer(-0.4)), {"001"})):
+        torch.save({**record, "ground": seen.wkt}, run / "north" / "fold0" / "fold.pt")
+        assert warn_of_seen_ground(run, ["north"], opened) == expected
+        assert ("1 held-out tiles lie on ground" in capsys.readouterr().err) == bool(expected)

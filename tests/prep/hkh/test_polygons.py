@@ -220,5 +220,25 @@ def test_a_file_that_does_not_say_what_or_where_is_refused(tmp_path, column, val
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "clean.shp").write_bytes(b"not a shapefile")
-    with pytest.raises(SceneError, match="clean.shp: cannot be read as polygons"):
+    with pytest.raises(SceneError, match=r"clean.shp: cannot be read \(15 bytes"):
         plan(tmp_path / "clean.shp")
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".gdb"])
+def test_layers_of_a_file_are_chosen_by_name(tmp_path, scene, suffix):
+    path = tmp_path / f"hkh{suffix}"
+    for name, corner in {"clean": 0, "debris": 30, "roads": 60}.items():
+        table = geopandas.GeoDataFrame(geometry=[square(corner, corner, 20)], crs="EPSG:32643")
+        table.to_file(path, layer=name, driver="OpenFileGDB" if suffix == ".gdb" else "GPKG")
+    with pytest.raises(
+        SceneError, match="found the layers clean, debris, roads, expected one.*--layer clean"
+    ):
+        plan(path)
+    with pytest.raises(SceneError, match="no file of --labels has several layers, of which one is snow"):
+        plan_layers([path], None, "Glaciers", DEFAULT_WORDS, ["clean", "snow"])
+    layers = plan_layers([path], None, "Glaciers", DEFAULT_WORDS, ["debris", "clean"])
+    assert [(layer.layer, layer.code) for layer in layers] == [("debris", DEBRIS), ("clean", GLACIER)]
+    found = burn(layers, None, scene)
+    assert [found[place, place] for place in (10, 40, 70)] == [GLACIER, DEBRIS, OTHER_OR_LAKE]
+    with pytest.raises(SceneError, match="export that of --border as a file of its own"):
+        plan_border(path, layers)

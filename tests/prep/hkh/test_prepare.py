@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -350,6 +351,13 @@ def test_both_exports_without_descriptions_give_the_same_store(sample, tmp_path,
         )
 
 
+def test_outlines_in_a_folder_of_a_geodatabase_give_the_same_store(sample, tmp_path, everything):
+    geopandas.read_file(sample / LABELS_FILE).to_file(tmp_path / "hkh.gdb", driver="OpenFileGDB", layer="all")
+    prepare(source_of(sample, labels=(tmp_path / "hkh.gdb",)), tmp_path / "hkh", ALL)
+    store = TileStore(tmp_path / "hkh")
+    assert all(np.array_equal(store.mask(name), everything.mask(name)) for name in everything.tile_ids)
+
+
 def test_a_missing_column_is_named(sample, tmp_path):
     with pytest.raises(PrepError, match="no column 'Kind', found Glaciers"):
         prepare(source_of(sample, column="Kind"), tmp_path / "hkh", SMALL)
@@ -525,18 +533,7 @@ def test_an_older_store_stays_unless_told_otherwise(sample, tmp_path):
 def test_command_line_from_sample_to_store(tmp_path, capsys):
     out, store = str(tmp_path / "sample"), str(tmp_path / "hkh")
     assert main(["sample", "--like", "hkh", "--out", out, "--tiles", "2", "--size", "96"]) == 0
-    options = [
-        "--tile-size",
-        "64",
-        "--overlap",
-        "0.25",
-        "--min-glacier-pixels",
-        "10",
-        "--max-background",
-        "1",
-        "--jobs",
-        "1",
-    ]
+    options = shlex.split("--tile-size 64 --overlap 0.25 --min-glacier-pixels 10 --max-background 1 --jobs 1")
     labels = f"{out}/labels/HKH_CIDC_5basins_all.shp"
     assert main(["hkh", "--scenes", f"{out}/scenes", "--labels", labels, "--out", store, *options]) == 0
     printed = capsys.readouterr().out

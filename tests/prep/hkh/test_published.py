@@ -1,6 +1,7 @@
 """The layouts as they are published: every pixel's code against the truth, places, orders of channels, ground."""
 
 import itertools
+import shlex
 import shutil
 
 import geopandas
@@ -253,24 +254,9 @@ def test_tiles_on_the_ground_of_another_store_are_left_out(lila, tmp_path, capsy
     (tmp_path / "other").mkdir()
     corner = ground.outline(crs, transform, 40, 40)
     ground.write_ground(tmp_path / "other", {"a": corner})
-    options = [
-        "--tile-size",
-        "64",
-        "--overlap",
-        "0",
-        "--min-glacier",
-        "0",
-        "--max-background",
-        "1",
-        "--jobs",
-        "1",
-    ]
-    arguments = [
-        "--scenes",
-        str(lila / "scenes"),
-        "--labels",
-        *(str(p) for p in lila_source(lila, *FILES).labels),
-    ]
+    options = shlex.split("--tile-size 64 --overlap 0 --min-glacier 0 --max-background 1 --jobs 1")
+    labels = [str(path) for path in lila_source(lila, *FILES).labels]
+    arguments = ["--scenes", str(lila / "scenes"), "--labels", *labels]
     more = ["--exclude-ground", str(tmp_path / "other"), "--val-share", "0.4", "--out", str(tmp_path / "hkh")]
     assert main(["hkh", *arguments, *options, *more]) == 0
     assert "dropped:      1  on the ground of other" in capsys.readouterr().out
