@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Sequence
 
@@ -75,12 +76,10 @@ def _add_hkh(commands: argparse._SubParsersAction) -> None:
         help="of scenes: clean.shp debris.shp, perhaps Glacier_2005.shp (.gpkg, .geojson, .fgb as well); or one "
         "file with a column of kinds; or a folder of mask files",
     )
-    parser.add_argument(
-        "--kinds", help="what these files show, where their names do not say it: clean,debris,any"
-    )
-    parser.add_argument(
-        "--layer", nargs="+", default=[], help="of files with several, in the order of --kinds"
-    )
+    shown = "what these files show, where their names do not say it: clean,debris,any"
+    parser.add_argument("--kinds", type=lambda text: text.replace(" ", "").split(","), help=shown)
+    several = "of a vector file with several, in the order of --kinds"
+    parser.add_argument("--layer", dest="layers", metavar="LAYER", nargs="+", default=[], help=several)
     parser.add_argument("--border", type=Path, help="region outside of which nothing is labelled, hkh.shp")
     parser.add_argument(
         "--mask-order", help="channels of a patch's mask (default: clean,debris where it has two)"
@@ -110,12 +109,7 @@ def _add_hkh(commands: argparse._SubParsersAction) -> None:
 def _add_hkh_settings(parser: argparse.ArgumentParser) -> None:
     numbers = (
         (("--tile-size", "--size"), int, 512, "side of a tile in pixels"),
-        (
-            ("--overlap",),
-            str,
-            "64",
-            "what neighbouring tiles share: pixels (64) or a share of the side (0.1)",
-        ),
+        (("--overlap",), str, "64", "what neighbours share: pixels (64) or a share of the side (0.1)"),
         (("--min-debris", "--min-debris-pixels"), int, 500, "a tile is kept from this many px of debris on"),
         (("--min-lake", "--min-lake-pixels"), int, 50, "... or of lake"),
         (("--min-glacier", "--min-glacier-pixels"), int, 100, "... or of clean ice"),
@@ -166,19 +160,8 @@ def run_hkh(options: argparse.Namespace) -> None:
         raise InputError("--mask-order belongs to --patches: what the channels of their masks are")
     from prep.hkh import prepare as hkh
 
-    source = hkh.Source(
-        scenes=options.scenes,
-        labels=options.labels,
-        patches=options.patches,
-        mask_order=options.mask_order,
-        kinds=options.kinds and options.kinds.replace(" ", "").split(","),
-        layers=options.layer,
-        border=options.border,
-        column=options.column,
-        words=parse_words(options.words),
-        sun=options.sun,
-        exclude_ground=options.exclude_ground,
-    )
+    options.words = parse_words(options.words)
+    source = hkh.Source(**{name: getattr(options, name) for name in hkh.Source._fields})
     keep = hkh.Filter(options.min_debris, options.min_lake, options.min_glacier, options.max_background)
     grid = hkh.Grid(options.tile_size, parse_overlap(options.overlap, options.tile_size))
     settings = hkh.Settings(grid, keep, options.val_share, options.seed)
@@ -188,17 +171,12 @@ def run_hkh(options: argparse.Namespace) -> None:
 
 def parse_overlap(text: str, size: int) -> int:
     """Return an overlap in pixels, given in pixels ("64") or as a share of the side ("0.1")."""
-    try:
+    if text.isdecimal():
         return int(text)
-    except ValueError:
-        pass
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1
-    if not 0 <= share < 1:
-        raise InputError(f"--overlap: found '{text}', expected pixels such as 64 or a share such as 0.1")
-    return round(share * size)
+    with suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return round(float(text) * size)
+    raise InputError(f"--overlap: found '{text}', expected pixels such as 64 or a share such as 0.1")
 
 
 def parse_words(pairs: Sequence[str]) -> dict[str, str]:
@@ -225,9 +203,7 @@ def run_sample(options: argparse.Namespace) -> None:
         )
         print(f"python -m prep hkh {hkh.next_arguments(options.out, layout)}")
         return
-    from prep.synthetic.scenes import (
-        write_sample,  # here, so that the other command does not load what it needs
-    )
+    from prep.synthetic.scenes import write_sample  # here: the other commands need not wait for it
 
     write_sample(options.out, options.tiles, options.size, options.seed, options.naming, options.labels)
     print(f"{options.out}: {options.tiles} synthetic tiles of {options.size} px written")

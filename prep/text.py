@@ -13,11 +13,6 @@ def number_text(value: float | None, digits: int = 3) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def mcc_text(value: float | None) -> str:
-    """Return an MCC with four digits, of which the last tell small gains apart; – where it is undefined."""
-    return number_text(value, 4)
-
-
 def plural(number: int, noun: str) -> str:
     """Return "1 view", "2 views"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

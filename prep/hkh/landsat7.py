@@ -10,8 +10,9 @@ import csv
 import datetime
 import math
 import re
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Mapping, NamedTuple, Sequence
+from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -59,10 +60,19 @@ class SceneError(KitError):
     """A scene or its labels cannot be used; the message names file, finding, expectation and remedy."""
 
 
-def unreadable(path: Path, error: Exception) -> SceneError:
-    """Return the error for a file that GDAL or numpy cannot read."""
-    size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
-    return SceneError(f"{path}: cannot be read ({size}; {error}); copy or download the file again")
+@contextmanager
+def reading(path: Path, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Raise SceneError, which names the file, for an error of this kind: GDAL and numpy know many for damaged files."""
+    try:
+        yield
+    except SceneError:
+        raise
+    except kind as error:
+        size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
+        reason = error.__cause__ or error
+        raise SceneError(
+            f"{path}: cannot be read ({size}; {reason}); copy or download the file again"
+        ) from error
 
 
 def require_files(paths: Iterable[Path]) -> None:
@@ -74,31 +84,16 @@ def require_files(paths: Iterable[Path]) -> None:
             )
 
 
-class Calibration(NamedTuple):
-    """Radiance at numbers 1 and 255, and the sun's irradiance (None: thermal).
-
-    Units: W/(m2 sr um), irradiance W/(m2 um).
-    """
-
-    lmin: float
-    lmax: float
-    esun: float | None
-
-    def irradiance(self) -> float:
-        """Return the sun's irradiance, W/(m2 um). Raises ValueError for a thermal channel, which has none."""
-        if self.esun is None:
-            raise ValueError("a thermal channel has no solar irradiance")
-        return self.esun
-
-
-CALIBRATIONS = {
-    "B1": Calibration(-6.2, 293.7, 1997.0),
-    "B2": Calibration(-6.4, 300.9, 1812.0),
-    "B3": Calibration(-5.0, 234.4, 1533.0),
-    "B5": Calibration(-1.0, 47.57, 230.8),
-    "B6_VCID_1": Calibration(0.0, 17.04, None),
-    "B6_VCID_2": Calibration(3.2, 12.65, None),
+# Radiance at numbers 1 and 255, W/(m2 sr um), and the sun's irradiance of the channels that see it, W/(m2 um).
+RADIANCES = {
+    "B1": (-6.2, 293.7),
+    "B2": (-6.4, 300.9),
+    "B3": (-5.0, 234.4),
+    "B5": (-1.0, 47.57),
+    "B6_VCID_1": (0.0, 17.04),
+    "B6_VCID_2": (3.2, 12.65),
 }
+IRRADIANCES = {"B1": 1997.0, "B2": 1812.0, "B3": 1533.0, "B5": 230.8}
 
 
 class Sun(NamedTuple):
@@ -172,23 +167,23 @@ def physical_table(channels: Sequence[str], sun: Sun) -> np.ndarray:
     numbers = np.arange(256)
     table = np.empty((len(channels), 256), np.float32)
     for row, channel in enumerate(channels):
-        calibration = CALIBRATIONS[channel]
-        radiance = to_radiance(numbers, calibration)
-        thermal = calibration.esun is None
-        table[row] = to_kelvin(radiance) if thermal else to_reflectance(radiance, channel, sun)
+        radiance = to_radiance(numbers, channel)
+        seen = channel in IRRADIANCES
+        table[row] = to_reflectance(radiance, channel, sun) if seen else to_kelvin(radiance)
         table[row, :SMALLEST_NUMBER] = np.nan
     return table
 
 
-def to_radiance(numbers: np.ndarray, calibration: Calibration) -> np.ndarray:
+def to_radiance(numbers: np.ndarray, channel: str) -> np.ndarray:
     """Return digital numbers, any shape, as radiance in W/(m2 sr um), float64."""
-    gain = (calibration.lmax - calibration.lmin) / (LARGEST_NUMBER - SMALLEST_NUMBER)
-    return gain * (np.asarray(numbers, np.float64) - SMALLEST_NUMBER) + calibration.lmin
+    least, most = RADIANCES[channel]
+    gain = (most - least) / (LARGEST_NUMBER - SMALLEST_NUMBER)
+    return gain * (np.asarray(numbers, np.float64) - SMALLEST_NUMBER) + least
 
 
 def to_reflectance(radiance: np.ndarray, channel: str, sun: Sun) -> np.ndarray:
     """Return radiance in W/(m2 sr um) as reflectance at the top of the atmosphere."""
-    irradiance = CALIBRATIONS[channel].irradiance() * math.sin(math.radians(sun.elevation))
+    irradiance = IRRADIANCES[channel] * math.sin(math.radians(sun.elevation))
     return math.pi * radiance * sun.distance**2 / irradiance
 
 

@@ -15,7 +15,7 @@ from rasterio.warp import transform as transform_points
 
 from prep.ground import WGS84
 from prep.hkh import landsat7
-from prep.hkh.landsat7 import SceneError, Sun, unreadable
+from prep.hkh.landsat7 import SceneError, Sun, reading
 from prep.hkh.polygons import LEAST_REGION
 from prep.hkh.sources import Grid, RawTile, require_names, require_one_each
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
@@ -78,10 +78,8 @@ class PatchJob(NamedTuple):
 
 def load(path: Path, side: int, depths: Sequence[int]) -> np.ndarray:
     """Return a .npy file, memory-mapped. Raises SceneError where it cannot be read or has another shape."""
-    try:
+    with reading(path):
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header may raise almost anything from within its parser
-        raise unreadable(path, error) from error
     landsat7.require_numbers(values, path)
     if values.ndim != 3 or values.shape[:2] != (side, side) or values.shape[2] not in depths:
         expected = " or ".join(f"({side}, {side}, {depth})" for depth in depths)
@@ -245,10 +243,8 @@ def read_places(folder: Path) -> dict[str, tuple[str, shapely.Polygon]]:
         set(files), key=lambda path: (path.stat().st_size, path)
     ):  # whole lists after parts of them
         landsat7.require_files([path])
-        try:
+        with reading(path):
             table = geopandas.read_file(path)
-        except Exception as error:
-            raise unreadable(path, error) from error
         missing = [name for name in (IMAGE_COLUMN, SOURCE_COLUMN) if name not in table]
         if missing or table.crs is None:
             raise SceneError(

@@ -17,7 +17,7 @@ import shapely
 from rasterio.crs import CRS
 from shapely.geometry.base import BaseGeometry
 
-from prep.hkh.landsat7 import SceneError, require_files, unreadable
+from prep.hkh.landsat7 import SceneError, reading, require_files
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from solution import CLASS_NAMES, warn
 
@@ -105,10 +105,8 @@ def choose_layers(path: Path, wanted: Sequence[str] = ()) -> list[str | None]:
     Raises SceneError: it cannot be read, or has several and none is wanted.
     """
     require_files(files_of(path))
-    try:
+    with reading(path):
         names = [str(name) for name in pyogrio.list_layers(path)[:, 0]]
-    except Exception as error:  # GDAL's many kinds for files that are missing or damaged
-        raise unreadable(path, error) from error
     found: list[str | None] = [name for name in wanted if name in names]
     if len(names) > 1 and not found:
         raise SceneError(
@@ -143,10 +141,8 @@ def plan_layer(
 
 def read_fields(path: Path, layer: str | None) -> list[str]:
     """Return the columns of a layer. Raises SceneError where it cannot be read or has no coordinate system."""
-    try:
+    with reading(path):
         info = pyogrio.read_info(path, layer=layer)
-    except Exception as error:
-        raise unreadable(path, error) from error
     if info["crs"] is None:
         raise SceneError(
             f"{path}: has no coordinate system; add its .prj file (the real one is in EPSG:4326)"
@@ -157,10 +153,8 @@ def read_fields(path: Path, layer: str | None) -> list[str]:
 def check_column(layer: Layer) -> None:
     """Warn of values that are none of the classes. Raises SceneError where all are."""
     path, _, column, words, name = layer
-    try:
+    with reading(path):
         table = pyogrio.read_dataframe(path, layer=name, columns=[column], read_geometry=False)
-    except Exception as error:
-        raise unreadable(path, error) from error
     values = Counter(str(value) for value in table[column])
     unknown = {value: count for value, count in values.items() if code_of(value, words) is None}
     listed = ", ".join(f"{value!r} ({count})" for value, count in sorted(unknown.items())[:10])
@@ -197,10 +191,8 @@ def plan_border(path: Path, layers: Sequence[Layer]) -> Layer:
 
 def area_km2(layer: Layer) -> float:
     """Return the area of all outlines of a file. Raises SceneError where it cannot be read."""
-    try:
+    with reading(layer.path):
         areas = geopandas.read_file(layer.path, layer=layer.layer, columns=[]).to_crs(EQUAL_AREA).area
-    except Exception as error:
-        raise unreadable(layer.path, error) from error
     return float(areas[np.isfinite(areas)].sum()) / 1e6
 
 
@@ -238,13 +230,11 @@ def read_outlines(layer: Layer, crs: CRS, bounds: Sequence[float]) -> list[tuple
 
     Raises SceneError: the file cannot be read.
     """
-    try:
+    with reading(layer.path):
         own = CRS.from_user_input(pyogrio.read_info(layer.path, layer=layer.layer)["crs"])
         box = rasterio.warp.transform_bounds(crs, own, *bounds, densify_pts=21)
         columns = [layer.column] if layer.code is None else []
         table = geopandas.read_file(layer.path, layer=layer.layer, bbox=box, columns=columns)
-    except Exception as error:
-        raise unreadable(layer.path, error) from error
     areas = table[table.geom_type.isin(AREAS) & ~table.is_empty]  # a missing geometry has no type
     if len(areas) < len(table):
         warn(

@@ -417,13 +417,8 @@ def choose_validation(areas: Mapping[str, Sequence[float]], share: float, seed: 
 
 def scene_areas(kept: Sequence[Kept]) -> dict[str, list[float]]:
     """Return {scene: [tiles, pixels of glacier, of debris, of lake]}."""
-    areas: dict[str, list[float]] = {}
-    for tile in kept:
-        amounts = areas.setdefault(tile.row.source, [0.0] * len(CLASS_NAMES))
-        amounts[0] += 1
-        for index, name in enumerate(CLASS_NAMES[1:], start=1):
-            amounts[index] += tile.row.counts[name]
-    return areas
+    amounts = [[tile.row.source, 1, *(tile.row.counts[name] for name in CLASS_NAMES[1:])] for tile in kept]
+    return pandas.DataFrame(amounts).groupby(0).sum().T.to_dict("list")
 
 
 def outlines(kept: Sequence[Kept]) -> dict[str, shapely.Polygon]:
@@ -454,18 +449,6 @@ def leave_out(kept: list[Kept], dropped: list[dict], ids: set[str], reason: str)
     return [tile for tile in kept if tile.row.tile_id not in ids]
 
 
-def split_by_scene(rows: Sequence[store.TileRow], validation: set[str]) -> store.Split:
-    """Return the tiles of both sides. Raises PrepError where none is left to train on."""
-    sides = [
-        [row.tile_id for row in rows if (row.source in validation) == held_out] for held_out in (False, True)
-    ]
-    if not sides[0]:
-        raise PrepError(
-            ["every training tile overlaps a validation tile; add scenes of other places, or other --seed"]
-        )
-    return store.Split(*sides)
-
-
 # --- The store ------------------------------------------------------------------------------------
 
 
@@ -493,11 +476,15 @@ def assemble(
     validation = choose_validation(scene_areas(kept), settings.val_share, settings.seed)
     kept = leave_out(kept, dropped, straddling(kept, validation), "overlaps a validation tile")
     rows = [tile.row for tile in kept]
-    split = split_by_scene(rows, validation)
+    train = [tile for tile in kept if tile.row.source not in validation]
+    if not train:
+        raise PrepError(["every training tile overlaps a validation tile; add other scenes, or other --seed"])
+    split = store.Split(
+        [tile.row.tile_id for tile in train], [row.tile_id for row in rows if row.source in validation]
+    )
     accumulator = stats.BandAccumulator()
-    for tile in kept:
-        if tile.row.source not in validation:
-            accumulator.absorb(tile.stats)
+    for tile in train:
+        accumulator.absorb(tile.stats)
     statistics = stats.describe(accumulator.result())
     scenes = describe_scenes(results, rows, validation)
     # of what it holds; the input's files are known to the partial results alone

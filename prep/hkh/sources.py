@@ -15,7 +15,7 @@ from rasterio.windows import transform as window_transform
 
 from prep import ground
 from prep.hkh import landsat7
-from prep.hkh.landsat7 import SceneError, Sun, unreadable
+from prep.hkh.landsat7 import SceneError, Sun, reading
 from prep.hkh.polygons import BURN_ORDER, FARTHEST, Layer, burn
 from prep.labels import OTHER_OR_LAKE
 from solution import CLASS_NAMES, TIFF_SUFFIXES
@@ -87,20 +87,18 @@ class SceneJob(NamedTuple):
     def tiles(self) -> Iterator[RawTile]:
         """Yield the tiles of the scene, row by row. Raises SceneError where something cannot be read."""
         table = landsat7.physical_table(list(self.channels), self.sun)
-        try:
-            with rasterio.Env(GDAL_CACHEMAX=RASTER_CACHE), rasterio.open(self.path) as scene:
-                codes = read_masks(self.masks, scene) if self.masks else burn(*self.labels[:2], scene)
-                for row, col, window in grid_windows(scene.height, scene.width, self.grid):
+        cache = rasterio.Env(GDAL_CACHEMAX=RASTER_CACHE)
+        with reading(self.path, RasterioError), cache, rasterio.open(self.path) as scene:
+            codes = read_masks(self.masks, scene) if self.masks else burn(*self.labels[:2], scene)
+            for row, col, window in grid_windows(scene.height, scene.width, self.grid):
 
-                    def read(window: Window = window) -> np.ndarray:
-                        return landsat7.to_physical(read_numbers(scene, window, self), table)
+                def read(window: Window = window) -> np.ndarray:
+                    return landsat7.to_physical(read_numbers(scene, window, self), table)
 
-                    place = window_transform(window, scene.transform)
-                    corners = ground.outline(scene.crs, place, window.height, window.width)
-                    label = cut(codes, window, OTHER_OR_LAKE)
-                    yield RawTile(f"{self.name}_{row:02d}_{col:02d}", row, col, label, corners, read)
-        except RasterioError as error:
-            raise unreadable(self.path, error) from error
+                place = window_transform(window, scene.transform)
+                corners = ground.outline(scene.crs, place, window.height, window.width)
+                label = cut(codes, window, OTHER_OR_LAKE)
+                yield RawTile(f"{self.name}_{row:02d}_{col:02d}", row, col, label, corners, read)
 
 
 # --- Which scenes there are -----------------------------------------------------------------------
@@ -145,13 +143,10 @@ def plan_scene(path: Path, labels: Labels, grid: Grid, suns: Mapping[str, Sun]) 
     Raises SceneError: unreadable, without the needed bands, without a coordinate system, or without mask files
     where the labels are a folder.
     """
-    try:
-        with rasterio.open(path) as scene:
-            channels = landsat7.choose_channels(scene.descriptions, str(path))
-            check_place(scene, path)
-            sun = landsat7.find_sun(path, scene.tags(), suns)
-    except RasterioError as error:
-        raise unreadable(path, error) from error
+    with reading(path, RasterioError), rasterio.open(path) as scene:
+        channels = landsat7.choose_channels(scene.descriptions, str(path))
+        check_place(scene, path)
+        sun = landsat7.find_sun(path, scene.tags(), suns)
     masks = find_masks(labels.folder, path, labels.words) if labels.folder else ()
     return SceneJob(path.stem, path, channels, sun, labels, masks, grid)
 
@@ -206,10 +201,8 @@ def read_numbers(scene: rasterio.DatasetReader, window: Window, job: SceneJob) -
     Raises SceneError: damaged pixels, or values that are no digital numbers.
     """
     whole = Window(0, 0, scene.width, scene.height)
-    try:
+    with reading(job.path, RasterioError):
         values = scene.read([index + 1 for index in job.channels.values()], window=window.intersection(whole))
-    except RasterioError as error:
-        raise unreadable(job.path, error.__cause__ or error) from error
     if scene.nodata is not None and not np.isnan(scene.nodata):
         values[values == scene.nodata] = 0
     numbers = landsat7.as_numbers(
@@ -255,18 +248,15 @@ def read_masks(masks: Sequence[tuple[int, Path]], scene: rasterio.DatasetReader)
     """
     codes = np.full(scene.shape, OTHER_OR_LAKE, np.uint8)
     for code, path in masks:
-        try:
-            with rasterio.open(path) as mask:
-                same = mask.shape == scene.shape and mask.crs == scene.crs
-                if not same or not mask.transform.almost_equals(scene.transform, 1e-6):
-                    raise SceneError(
-                        f"{path}: {mask.width} x {mask.height} px in {mask.crs} at {mask.bounds[:2]}, expected "
-                        f"{scene.width} x {scene.height} px in {scene.crs} at {scene.bounds[:2]} as "
-                        f"{scene.name}; export the mask on the scene's grid"
-                    )
-                values = mask.read(1)
-                marked = (values != 0) & (values != mask.nodata) & (values == values)  # NaN is not itself
-        except RasterioError as error:
-            raise unreadable(path, error) from error
+        with reading(path, RasterioError), rasterio.open(path) as mask:
+            same = mask.shape == scene.shape and mask.crs == scene.crs
+            if not same or not mask.transform.almost_equals(scene.transform, 1e-6):
+                raise SceneError(
+                    f"{path}: {mask.width} x {mask.height} px in {mask.crs} at {mask.bounds[:2]}, expected "
+                    f"{scene.width} x {scene.height} px in {scene.crs} at {scene.bounds[:2]} as {scene.name}; export "
+                    "the mask on the scene's grid"
+                )
+            values = mask.read(1)
+            marked = (values != 0) & (values != mask.nodata) & (values == values)  # NaN is not itself
         codes[marked] = code
     return codes

@@ -24,7 +24,7 @@ import shapely
 from affine import Affine
 from rasterio.crs import CRS
 
-from prep.hkh.landsat7 import CALIBRATIONS, EXPORT_15, K1, K2, LARGEST_NUMBER, SMALLEST_NUMBER
+from prep.hkh.landsat7 import EXPORT_15, IRRADIANCES, K1, K2, LARGEST_NUMBER, RADIANCES, SMALLEST_NUMBER
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from prep.synthetic.scenes import DEBRIS, GLACIER, PIXEL, SMALLEST_SIZE, Scene, make_scene, slope
 from solution import InputError
@@ -310,13 +310,13 @@ def gap_filled(channels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 def from_reflectance(reflectance: np.ndarray, channel: str, sun_elevation: float) -> np.ndarray:
     """Return the radiance, W/(m2 sr um), that `prep.hkh.landsat7.to_reflectance` takes back at distance 1."""
-    return reflectance * CALIBRATIONS[channel].irradiance() * np.sin(np.radians(sun_elevation)) / np.pi
+    return reflectance * IRRADIANCES[channel] * np.sin(np.radians(sun_elevation)) / np.pi
 
 
 def to_number(radiance: np.ndarray, channel: str) -> np.ndarray:
     """Return radiance as the nearest digital number, uint8, saturated at 1 and 255; NaN becomes 0."""
-    calibration = CALIBRATIONS[channel]
-    share = (radiance - calibration.lmin) / (calibration.lmax - calibration.lmin)
+    least, most = RADIANCES[channel]
+    share = (radiance - least) / (most - least)
     return fill(share * (LARGEST_NUMBER - SMALLEST_NUMBER) + SMALLEST_NUMBER)
 
 

@@ -4,16 +4,16 @@ import math
 
 import pytest
 
-from prep.text import NONE, markdown_table, mcc_text, number_text, plural
+from prep.text import NONE, markdown_table, number_text, plural
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_what_is_undefined_is_no_number(value):
-    assert number_text(value) == mcc_text(value) == NONE
+    assert number_text(value) == NONE
 
 
 def test_numbers_have_as_many_digits_as_asked_for():
-    assert (number_text(-0.12345), number_text(2, 0), mcc_text(0.7)) == ("-0.123", "2", "0.7000")
+    assert (number_text(-0.12345), number_text(2, 0), number_text(0.7, 4)) == ("-0.123", "2", "0.7000")
 
 
 def test_a_bar_in_a_cell_begins_no_other():

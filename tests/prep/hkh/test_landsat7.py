@@ -104,7 +104,7 @@ def test_the_table_equals_the_formulas_pixel_by_pixel(seed):
     image = landsat7.to_physical(numbers, landsat7.physical_table(CHOSEN, sun))
     assert (image.shape, image.dtype) == ((7, 9, 5), np.float32)
     for band, channel in enumerate(CHOSEN):
-        lmin, lmax, esun = landsat7.CALIBRATIONS[channel]
+        (lmin, lmax), esun = landsat7.RADIANCES[channel], landsat7.IRRADIANCES.get(channel)
         radiance = (lmax - lmin) / 254 * (numbers[band].astype(float) - 1) + lmin
         if esun is None:
             expected = 1282.71 / np.log(666.09 / radiance + 1)
