@@ -39,7 +39,7 @@ def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
 def tiny_model(views: int = 1) -> solution.Model:
     """Return a model of one tiny member in so many views, and a kind network."""
     extent, kind = networks()
-    passes = tuple(solution.Pass(0, view) for view in range(views))
+    passes = tuple((0, view) for view in range(views))
     members = (solution.Member(extent, 1.0, NORMALIZATION),)
     steps = solution.Postprocess(**POSTPROCESS)
     kind_member = solution.Member(kind.eval(), 1.0, NORMALIZATION)

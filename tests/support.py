@@ -93,7 +93,7 @@ def stored_kind(seed: int = 0) -> dict:
 
 def passes_of(members: int, views: int) -> tuple[solution.Pass, ...]:
     """Return all pairs of a member and one of the first so many views, view by view."""
-    return tuple(solution.Pass(member, view) for view in range(views) for member in range(members))
+    return tuple((member, view) for view in range(views) for member in range(members))
 
 
 def model_content(

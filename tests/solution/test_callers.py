@@ -264,7 +264,7 @@ def test_a_folder_that_cannot_be_written_to_still_gives_masks(
     (tmp_path / "file").write_text("in the way")
     masks = module.maskgeration(platform_tiles, tmp_path / "file" / "out")
     assert_same(masks, expected)
-    assert "cannot write masks there" in capfd.readouterr().err
+    assert "cannot be written to" in capfd.readouterr().err
     assert contents(tmp_path) == {"file": b"in the way"}
 
 
@@ -404,10 +404,10 @@ def test_no_tiles_is_status_2_with_the_layout(module, tmp_path, capfd, doors):
     arguments = [word for pair in zip(doors, places) for word in pair if word]
     assert module.main(arguments) == 2
     error = capfd.readouterr().err
-    assert error.startswith("error: no TIFF in") and "Band1, Band2, Band3, Band4 and Band5" in error
+    assert error.startswith("error: no TIFF in") and "Band1 ... Band5" in error
     assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == {}
     assert module.main([str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
-    assert "no such folder" in capfd.readouterr().err
+    assert "no folder that can be looked into" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("weights", ["missing", "empty", "damaged", "text"])
@@ -422,8 +422,8 @@ def test_bad_weights_are_status_2_and_nothing_is_written(
     out = tmp_path / "out"
     assert module.main([str(platform_tiles), str(out), "--weights", str(path)]) == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"error: {path}: ") and len(error.splitlines()) == 1
-    assert ("no such weights file" if weights == "missing" else "copy it again") in error
+    assert str(path) in error and len(error.splitlines()) == 1
+    assert ("no weights: looked for" if weights == "missing" else "copy it again") in error
     assert contents(out) == {}
 
 
@@ -446,14 +446,14 @@ def test_an_input_folder_is_no_output_folder(module, platform_tiles, tmp_path, c
         (tmp_path / "link").symlink_to(target)
         target = tmp_path / "link"
     assert module.main(["--data", str(data), "--masks", "m", "--out", str(target)]) == 2
-    assert "is an input folder, whose files masks would overwrite; name another" in capfd.readouterr().err
+    assert "is an input folder; name another" in capfd.readouterr().err
     assert contents(data) == before
 
 
 def test_an_output_that_is_a_file_is_status_2(module, platform_tiles, tmp_path, capfd):
     (tmp_path / "out").write_text("in the way")
     assert module.main([str(platform_tiles), str(tmp_path / "out")]) == 2
-    assert "cannot write masks there" in capfd.readouterr().err
+    assert "cannot be written to" in capfd.readouterr().err
 
 
 def test_a_second_run_replaces_masks_and_leaves_other_files(module, platform_tiles, expected, tmp_path):
@@ -557,11 +557,19 @@ def test_the_file_starts_with_its_packages(tree):
 
 
 def test_annotations_are_python_3_9(tree):
-    """`int | None` and match need 3.10: the first parses under 3.9 and fails only when it runs."""
+    """`int | None` runs from 3.10 on: in 3.9 it may stand in annotations, which are not evaluated, and only there."""
+    assert any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
+    optional = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.BitOr)
+        and ast.unparse(node.right) == "None"
+    ]
     annotations = [node.annotation for node in ast.walk(tree) if isinstance(node, (ast.arg, ast.AnnAssign))]
     annotations += [node.returns for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    for annotation in filter(None, annotations):
-        assert not any(isinstance(node, ast.BitOr) for node in ast.walk(annotation)), ast.unparse(annotation)
+    within = {id(node) for annotation in filter(None, annotations) for node in ast.walk(annotation)}
+    assert optional and all(id(node) in within for node in optional)
 
 
 def test_nothing_is_loaded_loosely(tree):

@@ -101,7 +101,7 @@ def test_views_are_what_their_names_say():
 def test_members_are_averaged_with_their_weights():
     image, networks = random_image(32, 64), (pixelwise(1), pixelwise(2))
     model = in_memory(*networks, weights=(1.0, 3.0))
-    probs = solution.predict_window(model, image).probs
+    probs = solution.predict_window(model, image)[0]
     first, second = (of_classes(answer(network, network_input(image))) for network in networks)
     np.testing.assert_allclose(probs, (first + 3 * second) / 4, atol=1e-5)
     assert probs.dtype == np.float32
@@ -111,7 +111,7 @@ def test_members_are_averaged_with_their_weights():
 def test_views_are_averaged(count):
     image, network = random_image(32, 64), local(3)
     model = in_memory(network, views=count)
-    probs = solution.predict_window(model, image).probs
+    probs = solution.predict_window(model, image)[0]
     x, there_and_back = network_input(image), list(NUMPY_VIEWS.values())[:count]
     expected = np.mean(
         [back(of_classes(answer(network, there(x)))) for there, back in there_and_back], axis=0
@@ -126,7 +126,7 @@ def test_each_member_gets_its_own_statistics():
     other = {"mean": [0.1] * 5, "std": [2.0, 1.0, 1.0, 1.0, 50.0]}
     model = in_memory(network)._replace(members=(solution.Member(network, 1.0, other),))
     x = ((image - np.float32(other["mean"])) / np.float32(other["std"])).transpose(2, 0, 1)
-    probs = solution.predict_window(model, image).probs
+    probs = solution.predict_window(model, image)[0]
     np.testing.assert_allclose(probs, of_classes(answer(network, x)), atol=1e-5)
 
 
@@ -135,7 +135,7 @@ def test_biases_are_added_to_the_logits():
     model = in_memory(Constant(1.0), kind=Constant(-1.0), postprocess=steps)
     extent, debris = 1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-1.0))
     expected = [1 - extent, extent * (1 - debris), extent * debris, 0]
-    np.testing.assert_allclose(solution.predict_window(model, image).probs[:, 3, 4], expected, atol=1e-5)
+    np.testing.assert_allclose(solution.predict_window(model, image)[0][:, 3, 4], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_padding_reaches_the_next_multiple_of_32(height, width, padded):
 @pytest.mark.parametrize("size", [(1, 1), (33, 70), (31, 65), (20, 300)])
 def test_odd_sizes_come_back_as_they_were(size):
     image, network, seen = random_image(*size), pixelwise(4), Constant()
-    classes = solution.predict_classes(in_memory(network, views=6), image).classes
+    classes = solution.predict_classes(in_memory(network, views=6), image)[0]
     assert classes.shape == size and classes.dtype == np.uint8
     probs = of_classes(answer(network, network_input(image)))
     np.testing.assert_array_equal(classes, solution.decide_classes(probs))
@@ -182,7 +182,7 @@ def test_odd_sizes_come_back_as_they_were(size):
 def test_a_tile_without_any_value_is_background_without_a_pass():
     seen = Constant()
     image = np.full((40, 50, 5), np.nan, np.float32)
-    assert (solution.predict_classes(in_memory(seen), image).classes == 0).all()
+    assert (solution.predict_classes(in_memory(seen), image)[0] == 0).all()
     assert seen.shapes == []
 
 
@@ -190,7 +190,7 @@ def test_nodata_is_background_and_pixels_with_a_missing_band_are_not():
     image = random_image(32, 32)
     image[:4] = np.nan
     image[10, 10, :4] = np.nan
-    classes = solution.predict_classes(in_memory(Constant()), image).classes
+    classes = solution.predict_classes(in_memory(Constant()), image)[0]
     assert (classes[:4] == 0).all() and (classes[4:] == 1).all()
 
 
@@ -215,7 +215,7 @@ def test_blend_weights_rise_from_the_edges_and_are_never_zero():
 @pytest.mark.parametrize("size", [(1100, 300), (300, 1100), (1030, 1200)])
 def test_a_constant_answer_leaves_no_seams(size):
     seen = Constant()
-    scores = solution.predict_scene(in_memory(seen), random_image(*size)).probs
+    scores = solution.predict_scene(in_memory(seen), random_image(*size))[0]
     shares = scores / scores.sum(axis=0)
     expected = of_classes(np.full((1, 1, 1), seen.logit))
     np.testing.assert_allclose(shares, np.broadcast_to(expected, shares.shape), atol=1e-5)
@@ -226,7 +226,7 @@ def test_a_constant_answer_leaves_no_seams(size):
 def test_windows_of_a_pixelwise_network_equal_one_pass(size):
     image, network = random_image(*size), pixelwise(5)
     image[200:260, 100:180] = np.nan
-    classes = solution.predict_classes(in_memory(network), image).classes
+    classes = solution.predict_classes(in_memory(network), image)[0]
     logits = answer(network, np.nan_to_num(network_input(image)))
     expected = np.where(np.isnan(image).all(axis=-1), 0, solution.decide_classes(of_classes(logits)))
     top = np.sort(of_classes(logits), axis=0)
@@ -241,14 +241,14 @@ def test_scenes_are_cut_into_windows_only_above_the_limit():
         (solution.LARGEST_TILE + 1, solution.WINDOW),
     ):
         seen = Constant()
-        assert (solution.predict_classes(in_memory(seen), random_image(size, 40)).classes == 1).all()
+        assert (solution.predict_classes(in_memory(seen), random_image(size, 40))[0] == 1).all()
         assert max(max(shape) for shape in seen.shapes) == most
 
 
 def test_a_window_without_values_does_not_touch_its_neighbours():
     image = random_image(1100, 200)
     image[:520] = np.nan
-    classes = solution.predict_classes(in_memory(Constant()), image).classes
+    classes = solution.predict_classes(in_memory(Constant()), image)[0]
     assert (classes[:520] == 0).all() and (classes[520:] == 1).all()
 
 
@@ -258,7 +258,7 @@ def test_a_pass_that_is_known_to_be_slow_is_not_begun():
     soon = time.perf_counter() + 1000  # s; a pass of member 1 is said to take 64 * 64
 
     def made(*passes: tuple[int, int]) -> int:
-        pairs = [solution.Pass(*one) for one in passes]
+        pairs = [tuple(one) for one in passes]
         return solution.extent_probability(model, image, pairs, soon)[1]
 
     assert made((0, 0), (1, 0)) == 1

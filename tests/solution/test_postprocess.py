@@ -180,8 +180,8 @@ def test_nodata_takes_no_part_in_the_crf():
 def test_the_crf_runs_only_where_the_model_asks_for_it():
     image = np.random.default_rng(2).normal(0.5, 0.5, (32, 40, 5)).astype(np.float32)
     network, crf = random_network(), solution.Crf(**CRF)
-    plain = solution.predict_window(in_memory(network), image).probs
-    refined = solution.predict_window(in_memory(network, postprocess=PLAIN._replace(crf=crf)), image).probs
+    plain = solution.predict_window(in_memory(network), image)[0]
+    refined = solution.predict_window(in_memory(network, postprocess=PLAIN._replace(crf=crf)), image)[0]
     features = solution.normalize(image, NORMALIZATION)
     expected = solution.refine_with_crf(plain, features, np.ones((32, 40), bool), crf)
     np.testing.assert_allclose(refined, expected, atol=1e-5)
