@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from contextlib import suppress
@@ -117,19 +118,15 @@ def _decode_png(path: Path) -> np.ndarray:
     size = os.path.getsize(path) if os.path.isfile(path) else 0  # a pipe would be read for ever
     try:
         encoded = np.fromfile(path, np.uint8) if size else np.empty(0, np.uint8)
-        whole = encoded[:8].tobytes() == PNG_SIGNATURE and png_pixels(encoded) <= MOST_PIXELS
+        is_png = encoded[:8].tobytes() == PNG_SIGNATURE
+        # a small file can declare very many pixels
+        whole = is_png and math.prod(struct.unpack(">II", encoded[16:24].tobytes())) <= MOST_PIXELS
         pixels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED) if whole else None
     except (OSError, cv2.error, struct.error):
         pixels = None
     if pixels is None:
         raise TileError(f"{path}: cannot be read as a PNG ({size} bytes); copy or export the file again")
     return pixels
-
-
-def png_pixels(encoded: np.ndarray) -> int:
-    """Return the number of pixels that the header of a PNG declares: a small file can declare very many."""
-    width, height = struct.unpack(">II", encoded[16:24].tobytes())
-    return width * height
 
 
 class Labels(NamedTuple):
@@ -185,17 +182,15 @@ def survey(folder: Path) -> tuple[list[LabelFile], list[str]]:
     labels = []
     for identifier in sorted(files):
         try:
-            labels.append(_survey_file(identifier, files[identifier]))
+            pixels = read_label(files[identifier])
+            values, counts = np.unique(pixels, return_counts=True)
+            shape = (pixels.shape[0], pixels.shape[1])
+            labels.append(
+                LabelFile(identifier, files[identifier], shape, dict(zip(values.tolist(), counts.tolist())))
+            )
         except TileError as error:
             problems.append(str(error))
     return labels, problems
-
-
-def _survey_file(identifier: str, path: Path) -> LabelFile:
-    pixels = read_label(path)
-    values, counts = np.unique(pixels, return_counts=True)
-    height, width = pixels.shape
-    return LabelFile(identifier, path, (height, width), dict(zip(values.tolist(), counts.tolist())))
 
 
 def has_glaciers(labels: Iterable[LabelFile]) -> bool:
@@ -227,8 +222,13 @@ def disguise_problems(labels: Iterable[LabelFile]) -> list[str]:
     Nothing else would notice: read as phase 2, a phase-1 glacier is a lake, and 30 % of the area with it.
     """
     labels = list(labels)
-    if detect_phase(labels) == "phase1":
-        return _disguised_folder(labels)
+    if not has_glaciers(labels):
+        share = f"{lake_share(labels):.1%} of its {len(labels)} tiles and neither 85 nor 170 occurs in any"
+        found = [
+            f"{one.path.parent}: meant as phase 2, but 255 covers {share}. {EXPLANATION}"
+            for one in labels[:1]
+        ]
+        return found if is_disguised(labels) else []
     return [
         f"{label.path}: 255 covers {label.share(LAKE_VALUE):.1%} of the tile and neither 85 nor 170 occurs "
         f"in it, while they do in labels beside it. {EXPLANATION}"
@@ -246,15 +246,6 @@ def lake_share(labels: Sequence[LabelFile]) -> float:
 def is_disguised(labels: Sequence[LabelFile]) -> bool:
     """Tell whether 255 covers more of a folder's area than lakes can."""
     return lake_share(labels) > LARGEST_LAKE_SHARE_OF_FOLDER
-
-
-def _disguised_folder(labels: Sequence[LabelFile]) -> list[str]:
-    if not is_disguised(labels):
-        return []
-    return [
-        f"{labels[0].path.parent}: meant as phase 2, but 255 covers {lake_share(labels):.1%} of its "
-        f"{len(labels)} tiles and neither 85 nor 170 occurs in any. {EXPLANATION}"
-    ]
 
 
 def to_codes(values: np.ndarray, phase: str) -> np.ndarray:

@@ -83,20 +83,15 @@ def plan_layers(
     Raises SceneError: a file that cannot be read or does not say where or what its outlines are.
     """
     chosen = [(path, layer) for path in paths for layer in choose_layers(path, wanted)]
-    absent = set(wanted) - {layer for _, layer in chosen}
-    if absent:
-        raise SceneError(
-            f"--layer: no file of --labels has several layers, of which one is {', '.join(sorted(absent))}"
-        )
+    if absent := sorted(set(wanted) - {layer for _, layer in chosen}):
+        raise SceneError(f"--layer: no file of --labels has several layers, of which one is {absent[0]}")
     if kinds and (len(kinds) != len(chosen) or not set(kinds) <= set(KINDS)):
         raise SceneError(
             f"--kinds: found {','.join(kinds)} for {len(chosen)} file(s) or layers of --labels, expected one of "
             f"{', '.join(KINDS)} for each, e.g. --kinds clean,debris"
         )
-    return tuple(
-        plan_layer(path, layer, kinds[index] if kinds else None, column, words)
-        for index, (path, layer) in enumerate(chosen)
-    )
+    told: Sequence[str | None] = kinds or [None] * len(chosen)
+    return tuple(plan_layer(*one, kind, column, words) for one, kind in zip(chosen, told))
 
 
 def choose_layers(path: Path, wanted: Sequence[str] = ()) -> list[str | None]:
