@@ -31,7 +31,7 @@ GROUPS = {"all": (0, np.inf), "nearer than a tile": (0, TILE), "a tile or more a
 
 
 def distance(place: tuple[int, int], trained_on: list[tuple[int, int]], size: int = 512) -> np.ndarray:
-    """Return how far each pixel of the tile in this row and column is from the nearest of other tiles, (size, size) km."""
+    """Return how far each pixel of a tile at (row, column) is from the nearest of other tiles, (size, size) km."""
     nearest = np.full((size, size), np.inf)
     for other in trained_on:
         apart = []  # in rows, in columns
