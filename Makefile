@@ -22,7 +22,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # What it refuses is then told in the variables of this file.
 TRAIN := CALLED_BY_MAKE=yes $(PY) -m train
-# One stamp for each version of the requirements: a second run starts at once, a changed file installs again.
+# One stamp for each version of the requirements, whatever the files' times: a second run starts at once, a changed file
+# installs again.
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock | cksum | cut -d' ' -f1)
 DEMO := data/demo
 
@@ -41,7 +42,7 @@ help:
 ##@ First minutes
 
 setup: $(READY) ## make .venv from requirements.lock (once; 6 GB, some minutes)
-$(READY): requirements.txt requirements.lock
+$(READY):
 	@bash .ci/setup $(VENV)
 	@rm -f $(VENV)/.ready-*; touch $@
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "distil": ("train.distil", "train one network on the answers of a run"),
     "ablate": ("train.ablate", "what is each ingredient of a recipe worth?"),
     "baseline": ("train.baseline", "score a gradient boosting on the same folds"),
-    "report": ("train.report.command", "tables and a page on runs"),
+    "report": ("train.report.page", "tables and a page on runs"),
     "compare": ("train.report.compare", "do two runs differ?"),
     "preview": ("train.masks.command", "draw tiles, masks and a contact sheet"),
     "evaluate": ("train.masks.command", "score any folder of masks"),
@@ -34,20 +34,9 @@ COMMANDS = {
 }
 
 # Of options: the variable of the Makefile that gives them, for those who typed `make`.
-MAKE_NAMES = {
-    "--run": "RUN=",
-    "--recipe": "RECIPE=",
-    "--jobs": "JOBS=",
-    "--store": "STORE=",
-    "--weights": "WEIGHTS=",
-    "--masks": "MASKS=",
-    "--pred": "MASKS=",
-    "--labels": "LABELS=",
-    "--data": "IN=",
-    "--out": "OUT=",
-    "--overwrite": "OVERWRITE=yes",
-    "--force": "FORCE=yes",
-}
+ALIKE = ("run", "recipe", "jobs", "store", "weights", "masks", "labels", "out")
+MAKE_NAMES = {f"--{name}": f"{name.upper()}=" for name in ALIKE}
+MAKE_NAMES |= {"--pred": "MASKS=", "--data": "IN=", "--overwrite": "OVERWRITE=yes", "--force": "FORCE=yes"}
 
 
 def in_words_of_caller(message: str) -> str:

@@ -23,8 +23,6 @@ from prep.text import NONE, markdown_table
 from solution import VIEWS, KitError
 from train.config import Config, ConfigError, change_config, describe_differences, load_config, members_of
 from train.data import folds_of_scheme
-from train.ensemble import interval_text
-from train.fit import sees_every_direction
 from train.objective import (
     GLACIER,
     HEADLINES,
@@ -32,6 +30,7 @@ from train.objective import (
     TileCounts,
     count_tiles,
     difference_intervals,
+    interval_text,
     pool,
     score_intervals,
 )
@@ -105,7 +104,7 @@ def read_set(path: Path, overrides: Sequence[str] = ()) -> list[Trial]:
     trials = []
     for name, trial in spec.trials.items():
         config = change_config(base, trial.settings, f"{path}: trial {name}")
-        most = len(VIEWS) if sees_every_direction(config) else 1
+        most = len(VIEWS) if config.augment.every_direction else 1
         if not 1 <= trial.views <= most:
             raise ConfigError(
                 f"{path}: trial {name}: views is {trial.views}, expected 1 to {most}; more than 1 needs "
@@ -160,7 +159,7 @@ def table(rows: Sequence[Row]) -> str:
         better = [_mcc(counts, fold) > _mcc(first, fold) for fold in folds]
         steps = train.epochs * row.trial.config.data.steps_per_epoch
         score = interval_text(score_intervals(counts)[SCORE])
-        gain = interval_text(difference_intervals(counts, first)[SCORE], signed=True)
+        gain = interval_text(difference_intervals(counts, first)[SCORE], "+")
         compared = ["", spread, ""] if row is rows[0] else [gain, spread, f"{sum(better)} of {len(folds)}"]
         lines.append([row.trial.name, score, *compared, str(steps), f"{row.seconds:.0f}"])
     return markdown_table(head, lines)

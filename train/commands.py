@@ -10,6 +10,7 @@ from pathlib import Path
 from prep.store import TileStore
 from solution import read_model_file, warn
 from train.config import Config, load_config
+from train.objective import interval_text
 from train.run import KIND_FOLDER, parse_folds
 
 RECIPE = Path("train/recipe.yaml")
@@ -44,12 +45,13 @@ def run_fit(arguments: argparse.Namespace) -> int:
     """Train all networks of a recipe; the same command continues a run that was interrupted."""
     from train import kind
     from train.data import describe_unlearned
+    from train.hardware import is_first_process
     from train.side_by_side import fit_jobs, jobs_of, require_possible
 
     config = read_recipe(arguments)
     jobs = jobs_of(config, arguments.run, arguments.folds, arguments.member)
     require_possible(jobs, arguments.jobs)
-    if unlearned := describe_unlearned(TileStore(config.data.store)):
+    if (unlearned := describe_unlearned(TileStore(config.data.store))) and is_first_process(config):
         warn(unlearned)
     if (
         not arguments.member
@@ -77,14 +79,9 @@ def run_score(arguments: argparse.Namespace) -> int:
 
 
 def print_scores(run: Path, scores: dict) -> None:
-    """Print a run's out-of-fold scores, a line each with its 95 % interval."""
+    """Print a run's out-of-fold scores, a line each."""
     for name, found in scores["intervals"].items():
-        text = (
-            "undefined"
-            if found is None
-            else f"{found[0]:.3f} (95 % interval {found[1]:.3f} to {found[2]:.3f})"
-        )
-        print(f"{run}: {name}, out of fold, valid pixels: {text}")
+        print(f"{run}: {name}, out of fold, valid pixels, with its 95 % interval: {interval_text(found)}")
 
 
 def add_ensemble_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,11 @@ class AugmentConfig:
     # Landsat-7 bands saturate at reflectances of 0.5 to 0.9 on snow.
     saturate: float = 0.0
 
+    @property
+    def every_direction(self) -> bool:
+        """Return whether tiles are mirrored and turned, so that the network may be asked in every view."""
+        return self.flip and self.rot90
+
 
 @dataclass
 class ModelConfig:
@@ -255,10 +260,8 @@ def members_of(config: Config) -> dict[str, tuple[MemberConfig, Config]]:
     members: dict[str, tuple[MemberConfig, Config]] = {}
     for name, member in (config.members or {"unet": MemberConfig()}).items():
         settings = change_config(plain, member.settings, f"members.{name}.settings")
-        turned = settings.augment.flip and settings.augment.rot90
-        _require(
-            member.views == 1 or turned, f"members.{name}.views", member.views, "1 without flip and rot90"
-        )
+        many = member.views == 1 or settings.augment.every_direction
+        _require(many, f"members.{name}.views", member.views, "1 without flip and rot90")
         members[name] = member, settings
     return members
 
@@ -295,14 +298,14 @@ def change_config(config: Config, settings: Union[dict, DictConfig], source: str
 
 def describe_differences(config: Config, other: Config) -> str:
     """Return the settings of `config` that `other` has not, such as "loss.dice=0.35, loss.gamma=4.0"."""
-    flat = _flatten(to_dict(config))
+    flat = flatten(to_dict(config))
     keys = differing_keys(config, other)
     return ", ".join(f"{key}={flat[key]}" if key in flat else f"no {key}" for key in keys)
 
 
 def differing_keys(config: Config, other: Config) -> list[str]:
     """Return the dotted keys in which two configs differ, apart from those in RESOURCE_KEYS."""
-    flat, flat_other = _flatten(to_dict(config)), _flatten(to_dict(other))
+    flat, flat_other = flatten(to_dict(config)), flatten(to_dict(other))
     keys = [key for key in {**flat, **flat_other} if key not in RESOURCE_KEYS]
     return [key for key in keys if flat.get(key) != flat_other.get(key)]
 
@@ -370,7 +373,7 @@ LOSS_TERMS = ("focal", "dice", "tversky", "lovasz")
 
 def check_config(config: Config) -> None:
     """Raise ConfigError naming the first setting whose value makes no sense."""
-    flat = _flatten(to_dict(config))
+    flat = flatten(to_dict(config))
     for key, (least, most, ends) in RANGES.items():
         value = flat[key]
         inside = value is None or (
@@ -521,15 +524,16 @@ def _explain_unknown(tree: DictConfig, full_key: Optional[str]) -> str:
     node = OmegaConf.select(tree, group) if group else tree
     allowed = ", ".join(str(key) for key in node) if isinstance(node, DictConfig) else "nothing below it"
     last = str(full_key).rpartition(".")[2]
-    flat = _flatten(to_dict(Config()))
+    flat = flatten(to_dict(Config()))
     meant = [key for key in flat if key != full_key and key.rpartition(".")[2] == last]
     hint = f"did you mean {' or '.join(meant)}? " if meant else ""
     return f"unknown key '{full_key}'; {hint}'{group or 'the top level'}' allows {allowed}"
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted keys."""
     flat = {}
     for key, value in tree.items():
         nested = isinstance(value, dict)
-        flat.update(_flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return flat

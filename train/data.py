@@ -59,12 +59,8 @@ def folds_of_scheme(store: TileStore, scheme: str) -> list[int]:
 def describe_unlearned(store: TileStore) -> str:
     """Return what the labels show and no network here learns, "" where that is nothing."""
     lakes = sum(tile.counts["lake"] for tile in store.tiles) * KM2_PER_PIXEL
-    return (
-        f"{store.folder}: the labels show {lakes:.1f} km² of lakes, which nothing here learns: no crop is drawn "
-        "around them, they count as rest, and no mask will show one (docs/data-and-labels.md)"
-        if lakes
-        else ""
-    )
+    told = f"{store.folder}: the labels show {lakes:.1f} km² of lakes, which nothing here learns: no crop is drawn"
+    return f"{told} around them, and they count as rest (docs/data-and-labels.md)" if lakes else ""
 
 
 class Tiles:
@@ -201,8 +197,6 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         """Yield this epoch's indices, those of this process."""
         first = self.epoch * self.length
-        if self.processes == 1:
-            return iter(range(first, first + self.length))
         part = self.batch_size // self.processes
         start = first + process_number() * part
         batches = range(start, start + self.length, self.batch_size)

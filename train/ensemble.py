@@ -26,7 +26,7 @@ from solution import (
     valid_mask,
 )
 from train.config import Config, MemberConfig, PostprocessConfig, members_of
-from train.objective import Interval, TileCounts, count_tiles, difference_intervals, score_intervals
+from train.objective import TileCounts, count_tiles, difference_intervals, interval_text, score_intervals
 from train.predict import extent_out_of_fold, load_views, probabilities_out_of_fold, score_inputs
 from train.run import read_folds
 
@@ -141,14 +141,6 @@ def measure(evidence: Evidence) -> list[Row]:
     return rows
 
 
-def interval_text(interval: Interval | None, signed: bool = False) -> str:
-    """Return a value with its 95 % interval, such as "0.711 (0.690 to 0.730)"."""
-    if interval is None:
-        return "–"
-    sign = "+" if signed else ""
-    return f"{interval.value:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})"
-
-
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as Markdown: scores with intervals, and the difference from the first row."""
     first = rows[0].counts
@@ -164,7 +156,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         scores, gains = score_intervals(row.counts), difference_intervals(row.counts, first)
-        differences = ["", ""] if row is rows[0] else [interval_text(gains[name], True) for name in names[:2]]
+        differences = ["", ""] if row is rows[0] else [interval_text(gains[name], "+") for name in names[:2]]
         lines.append([row.name, *(interval_text(scores[name]) for name in names), *differences])
     return markdown_table(head, lines)
 

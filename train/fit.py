@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import platform
 import signal
@@ -17,6 +15,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 import lightning
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 import segmentation_models_pytorch as smp
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -105,7 +104,7 @@ def fit_fold(
     folder = fold_folder(run_dir, fold)
     if fold == ALL:
         require_unscored(config)
-    if record := finished_record(config, fold, folder):
+    if record := finished_record(config, fold, run_dir):
         return record
     prepare_torch(threads_of(config))
     data = method.open_data(config, fold, folder)
@@ -127,15 +126,16 @@ def fit_fold(
     return read_record(folder / FOLD_FILE)
 
 
-def finished_record(config: Config, fold: Fold, folder: Path) -> Optional[dict]:
+def finished_record(config: Config, fold: Fold, run_dir: Path) -> Optional[dict]:
     """Return the record of a fold that is finished; RunError where its folder holds another run."""
+    folder = fold_folder(run_dir, fold)
     require_same_config(config, folder)
     if not (folder / FOLD_FILE).is_file():
         return None
     record = read_record(folder / FOLD_FILE)
     require_same_tiles(config, record, folder)
     if is_first_process(config):
-        say(f"{folder.parent.name}, {name_of(fold)}: already finished, val_mcc {record['val_mcc']:.4f}")
+        say(f"{run_dir.name}, {name_of(fold)}: already finished, val_mcc {record['val_mcc']:.4f}")
     return record
 
 
@@ -192,11 +192,6 @@ def require_unscored(config: Config) -> None:
     ):
         if not sensible:
             raise ConfigError(f"{key} is {value}, expected {expected} where no tile is held out")
-
-
-def sees_every_direction(config: Config) -> bool:
-    """Return whether training mirrors and turns the tiles, so that the network may be asked in every view."""
-    return config.augment.flip and config.augment.rot90
 
 
 def arch_of(config: Config) -> dict:
@@ -307,7 +302,8 @@ class Recorder(Callback):
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.folder / RESUME_FILE)  # takes part, and writes nothing
             return
-        write_text(self.folder / HISTORY_FILE, _format_history(self.history))
+        table = pd.DataFrame(self.history).to_csv(index=False, float_format="%.6g", na_rep="nan")
+        write_text(self.folder / HISTORY_FILE, table)
         write_whole(self.folder / RESUME_FILE, lambda path: trainer.save_checkpoint(path))
         say(self._progress_line())
 
@@ -345,7 +341,7 @@ class Recorder(Callback):
             **self.best,
             "fold": self.fold,
             "scheme": self.config.data.scheme,
-            "views": len(VIEWS) if sees_every_direction(self.config) else 1,
+            "views": len(VIEWS) if self.config.augment.every_direction else 1,
             **self._data_identity(),
             "fingerprint": TileStore(self.config.data.store).fingerprint,
             "epochs": len(self.history),
@@ -381,18 +377,6 @@ def require_same_tiles(config: Config, record: dict, folder: Path) -> None:
             f"{folder}: was trained on data with fingerprint {found}, and {config.data.store} has {now} now. "
             f"Name another run with --run, or remove {folder} to train it again."
         )
-
-
-def _format_history(rows: Sequence[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _round(value) for key, value in row.items()} for row in rows)
-    return text.getvalue()
-
-
-def _round(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def versions() -> dict[str, str]:

@@ -28,20 +28,15 @@ def trainer_options(config: Config) -> dict[str, Any]:
     """
     trainer = config.trainer
     gpu = uses_gpu(config)
-    for key, wanted in (
-        ("accelerator", trainer.accelerator == "gpu"),
-        ("precision", trainer.precision == "16"),
-    ):
-        if wanted and not gpu:
-            raise ConfigError(f"trainer.{key} is {getattr(trainer, key)!r}, which needs a GPU; none is used")
+    for key, wanting in (("accelerator", "gpu"), ("precision", "16"), ("sync_batchnorm", True)):
+        if getattr(trainer, key) == wanting and not gpu:
+            raise ConfigError(f"trainer.{key} is {wanting!r}, which needs a GPU; none is used")
     gpus = torch.cuda.device_count() if gpu else 0
     if trainer.accelerator != "cpu" and trainer.devices > max(1, gpus):
         raise ConfigError(
             f"trainer.devices (make: DEVICES) is {trainer.devices}, found {plural(gpus, 'GPU')}; expected "
             f"{max(1, gpus)} at most, or trainer.accelerator=cpu for as many processes on the CPU"
         )
-    if trainer.sync_batchnorm and not gpu:
-        raise ConfigError("trainer.sync_batchnorm is true, which needs GPUs; none is used")
     return {
         "accelerator": "gpu" if gpu else "cpu",
         "devices": trainer.devices,

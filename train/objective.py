@@ -26,6 +26,7 @@ import numpy as np
 
 from prep.labels import CODE_CLASSES, CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from prep.store import TileStore
+from prep.text import NONE
 from solution import CLASS_NAMES
 
 N_CODES = len(CODE_CLASSES)
@@ -67,12 +68,12 @@ class Interval(NamedTuple):
     high: float
 
 
+def interval_text(interval: Sequence[float] | None, sign: str = "") -> str:
+    """Return (value, low, high) as "0.711 (0.690 to 0.731)"; with the sign "+" as a difference."""
+    return NONE if interval is None else "{:{s}.3f} ({:{s}.3f} to {:{s}.3f})".format(*interval, s=sign)
+
+
 # --- Counting -----------------------------------------------------------------------------------------------
-
-
-def confusion_matrix(codes: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Count label code against predicted class: `count_blocks` added up, (6, 4) int64."""
-    return count_blocks(codes, predicted).sum(axis=0)
 
 
 def count_blocks(codes: np.ndarray, predicted: np.ndarray) -> np.ndarray:

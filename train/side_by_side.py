@@ -32,8 +32,6 @@ from train.run import ALL, FOLD_FILE, Fold, RunError, fold_folder, name_of, pars
 PROJECT = Path(__file__).resolve().parents[1]
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 STEPS_FILE = "steps.txt"  # in a fold's folder while a process trains it: how many steps it has made
-FIRST_STEPS = 10  # of a network, from which the time of all is estimated; then once every LINE of the whole
-LINE = 0.1
 
 
 class Job(NamedTuple):
@@ -84,17 +82,19 @@ def fit_jobs(jobs: Sequence[Job], at_once: int, method: Method = FROM_LABELS) ->
         RunError: a network failed; the message has the last line of its log.
     """
     require_possible(jobs, at_once)
-    todo = [
-        job for job in jobs if not finished_record(job.config, job.fold, fold_folder(job.folder, job.fold))
-    ]
+    todo = [job for job in jobs if not finished_record(job.config, job.fold, job.folder)]
     if todo:
-        progress = Progress(todo, at_once)
-        if at_once == 1:
-            for job in todo:
-                fit_fold(job.config, job.fold, job.folder, [StepCounter(partial(progress.show, job))], method)
-                progress.show(job, job.steps)
-        elif failed := _run(todo, at_once, progress):
-            raise RunError(explain_failures([log_of(job) for job in failed]))
+        if is_first_process(jobs[0].config):
+            say(describe_training(todo, at_once))
+        steps = Steps(todo)
+        with steps.bar:
+            if at_once == 1:
+                for job in todo:
+                    counter = StepCounter(partial(steps.show, job))
+                    fit_fold(job.config, job.fold, job.folder, [counter], method)
+                    steps.show(job, job.steps)
+            elif failed := _run(todo, at_once, steps):
+                raise RunError(explain_failures([log_of(job) for job in failed]))
     records = [read_record(fold_folder(job.folder, job.fold) / FOLD_FILE) for job in jobs]
     if is_first_process(jobs[0].config):
         print(format_records(records), flush=True)
@@ -125,55 +125,37 @@ def require_possible(jobs: Sequence[Job], at_once: int) -> None:
 def describe_training(jobs: Sequence[Job], at_once: int) -> str:
     """Return the first line of a training: how many networks, on what, with how many steps."""
     config = jobs[0].config
-    kind_of_device = "GPU" if uses_gpu(config) else "CPU"
-    device = (
-        kind_of_device if config.trainer.processes == 1 else f"{config.trainer.processes} {kind_of_device}s"
-    )
+    devices = plural(config.trainer.processes, "GPU" if uses_gpu(config) else "CPU")
     threads = config.train.threads or 1 if at_once > 1 else threads_of(config)
     return (
-        f"training {plural(len(jobs), 'network')}, {at_once} at once, on {device}, precision "
+        f"training {plural(len(jobs), 'network')}, {at_once} at once, on {devices}, precision "
         f"{precision_of(config)}, {plural(threads, 'thread')} each; {sum(job.steps for job in jobs):,} steps of "
-        f"{config.data.batch_size} crops of {config.data.crop} px in all; how long follows after the first ones"
+        f"{config.data.batch_size} crops of {config.data.crop} px in all"
     )
 
 
-class Progress:
-    """Says how far all networks are, and how long they will take: lines, and a bar on a terminal."""
+class Steps:
+    """The steps of all networks in one bar, whose time left is that of all: every 30 s where there is no terminal."""
 
-    def __init__(self, jobs: Sequence[Job], at_once: int) -> None:
-        """Print the first line."""
-        self.jobs, self.at_once = jobs, at_once
-        self.total = sum(job.steps for job in jobs)
-        self.steps: dict[tuple[Path, Fold], int] = {}  # made so far, by a job's folder and fold
-        self.started: Optional[tuple[int, float]] = None  # steps and clock when the first step was seen
-        self.next = 0.0  # steps at which a line is due
-        self.quiet = not is_first_process(jobs[0].config)
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        """Show the bar of these networks."""
+        self.made: dict[tuple[Path, Fold], int] = {}  # by a job's folder and fold
         self.bar = tqdm(
-            total=self.total, unit="step", desc="all networks", smoothing=0, disable=self.quiet or None
+            total=sum(job.steps for job in jobs),
+            desc="all networks",
+            unit="step",
+            smoothing=0,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            disable=not is_first_process(jobs[0].config),
         )
-        if not self.quiet:
-            say(describe_training(jobs, at_once))
 
-    def show(self, job: Job, steps: int) -> None:
-        """Take note of a network's steps."""
-        self.steps[job.folder, job.fold] = steps
-        made = sum(self.steps.values())
-        self.bar.update(made - self.bar.n)
-        if self.started is None and made:
-            self.started = made, time.monotonic()
-            self.next = made + FIRST_STEPS * self.at_once
-        if self.started and made >= self.next and made > self.started[0] and not self.quiet:
-            seconds = (time.monotonic() - self.started[1]) / (made - self.started[0]) * (self.total - made)
-            about = f"{made:,} of {self.total:,} steps of {plural(len(self.jobs), 'network')}"
-            say(f"{about}, about {time_text(seconds)} left")
-            self.next = made + LINE * self.total
-
-
-def time_text(seconds: float) -> str:
-    """Return a time such as "40 s", "12 min", "2.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    def show(self, job: Job, made: int) -> None:
+        """Take note of a network's steps; those of an earlier run do not count as fast ones."""
+        before = self.made.get((job.folder, job.fold), 0)
+        self.made[job.folder, job.fold] = made
+        if not self.bar.disable:
+            self.bar.initial += made if before == 0 else 0
+            self.bar.update(made - before)
 
 
 class StepCounter(Callback):
@@ -202,7 +184,7 @@ def format_records(records: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def _run(jobs: Sequence[Job], at_once: int, progress: Progress) -> list[Job]:
+def _run(jobs: Sequence[Job], at_once: int, steps: Steps) -> list[Job]:
     """Run a process for each job, and return those that failed. On an interruption, the processes are ended."""
     waiting, failed = list(jobs), []
     running: dict[int, tuple[Job, subprocess.Popen]] = {}  # by slot
@@ -213,10 +195,10 @@ def _run(jobs: Sequence[Job], at_once: int, progress: Progress) -> list[Job]:
                 running[slot] = job, start(job, slot)
             for slot, (job, process) in list(running.items()):
                 if process.poll() is None:
-                    progress.show(job, steps_made(job))
+                    steps.show(job, steps_made(job))
                     continue
                 del running[slot]
-                progress.show(job, job.steps)
+                steps.show(job, job.steps)
                 say(f"{job.name}: {'failed' if process.returncode else 'done'}")
                 failed += [job] * (process.returncode != 0)
             time.sleep(0.1)
@@ -287,12 +269,8 @@ def explain_failures(logs: Sequence[Path]) -> str:
     )
 
 
-def fit_alone(config: Config, folder: Path, fold: Fold) -> None:
-    """Train the one network of this process, and keep count of its steps in a file."""
-    path = fold_folder(folder, fold) / STEPS_FILE
-    fit_fold(config, fold, folder, [StepCounter(lambda steps: write_text(path, str(steps)))])
-    path.unlink(missing_ok=True)
-
-
 if __name__ == "__main__":
-    fit_alone(load_config(sys.argv[1]), Path(sys.argv[2]), parse_folds(sys.argv[3])[0])
+    CONFIG, FOLDER, FOLD = load_config(sys.argv[1]), Path(sys.argv[2]), parse_folds(sys.argv[3])[0]
+    MADE = fold_folder(FOLDER, FOLD) / STEPS_FILE
+    fit_fold(CONFIG, FOLD, FOLDER, [StepCounter(lambda steps: write_text(MADE, str(steps)))])
+    MADE.unlink(missing_ok=True)

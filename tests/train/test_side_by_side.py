@@ -10,14 +10,23 @@ from train_helpers import SMOKE, fit_smoke, same_weights, smoke_config
 
 from train import side_by_side
 from train.__main__ import main
-from train.side_by_side import Job, Progress, _run, explain_failures, gpu_of, log_of, steps_made, time_text
+from train.side_by_side import (
+    Job,
+    Steps,
+    _run,
+    describe_training,
+    explain_failures,
+    gpu_of,
+    log_of,
+    steps_made,
+)
 
 
 def test_networks_at_once_have_the_weights_of_one_after_the_other(store, smoke_run, tmp_path, capsys):
     run = fit_smoke(store, tmp_path / "run", "--jobs", "2", "--member", "north")
     said = capsys.readouterr().out
     assert said.startswith(
-        "training 2 networks, 2 at once, on CPU, precision 32-true, 1 thread each; 8 steps of 2 "
+        "training 2 networks, 2 at once, on 1 CPU, precision 32-true, 1 thread each; 8 steps of 2 "
     )
     assert {"north, fold 0: done", "north, fold 1: done"} <= set(said.splitlines())
     assert not list(run.rglob(side_by_side.STEPS_FILE))
@@ -41,23 +50,22 @@ def test_what_cannot_run_side_by_side_is_refused(store, tmp_path, capsys, given,
     assert not (tmp_path / "run").exists()
 
 
-def test_the_time_left_is_that_of_all_networks(monkeypatch, capsys):
-    """Three networks of 40 steps; from the first step to the 21st in all the clock moves by 3 s: 99 take 15 s."""
+def test_the_bar_and_its_time_left_are_of_all_networks(capsys):
+    """Three networks of 40 steps: the bar counts the steps of all, and an earlier run's steps are not fast ones."""
     config = smoke_config("nowhere", "train.epochs=20")
     jobs = [Job(config, Path(name), 0) for name in "abc"]
-    progress = Progress(jobs, at_once=2)
-    clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr(side_by_side.time, "monotonic", lambda: next(clock))
-    for step in range(1, 13):  # of two networks, the third waits
-        progress.show(jobs[0], step)
-        progress.show(jobs[1], step)
-    first, line = capsys.readouterr().out.splitlines()
-    assert (
-        first.startswith("training 3 networks, 2 at once, on CPU")
-        and "; 120 steps of 2 crops of 64 px" in first
+    steps = Steps(jobs)
+    steps.show(jobs[0], 10)  # made before an interruption
+    for made in range(1, 13):
+        steps.show(jobs[0], 10 + made)
+        steps.show(jobs[1], made)
+    assert (steps.bar.total, steps.bar.n, steps.bar.initial) == (120, 34, 11)
+    steps.bar.close()
+    assert "all networks" in capsys.readouterr().err
+    assert describe_training(jobs, 2).startswith(
+        "training 3 networks, 2 at once, on 1 CPU, precision 32-true, 1 thread "
     )
-    assert line == "21 of 120 steps of 3 networks, about 15 s left"
-    assert (time_text(99), time_text(720), time_text(9000)) == ("99 s", "12 min", "2.5 h")
+    assert describe_training(jobs, 2).endswith("; 120 steps of 2 crops of 64 px in all")
 
 
 def test_steps_of_a_process_are_read_from_its_file(tmp_path):
@@ -91,7 +99,7 @@ def test_at_most_so_many_run_at_once_and_failures_are_named(tmp_path, monkeypatc
     scripts, started = {0: "print('done')", 1: "raise SystemExit('b has no tiles')", 2: "print('done')"}, []
     start_scripts(monkeypatch, scripts, started)
     jobs = [Job(smoke_config("nowhere"), tmp_path, fold) for fold in scripts]
-    failed = _run(jobs, 2, Progress(jobs, 2))
+    failed = _run(jobs, 2, Steps(jobs))
     assert [job.fold for job in failed] == [1] and {slot for slot, _ in started} == {0, 1}
     text = explain_failures([log_of(job) for job in failed])
     assert text.startswith("1 networks failed; the same command tries them again")
@@ -103,7 +111,7 @@ def test_an_interruption_ends_the_processes(tmp_path, monkeypatch):
     start_scripts(monkeypatch, {0: "import time; time.sleep(600)"}, started)
     jobs = [Job(smoke_config("nowhere"), tmp_path, fold) for fold in (0, 1)]
     with pytest.raises(KeyError):  # there is no script for the second one
-        _run(jobs, 2, Progress(jobs, 2))
+        _run(jobs, 2, Steps(jobs))
     assert started[0][1].poll() is not None
 
 

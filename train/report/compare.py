@@ -15,11 +15,11 @@ from train.objective import (
     TileCounts,
     binary,
     difference_intervals,
+    interval_text,
     mcc,
     score_intervals,
 )
 from train.report.scores import ReportError, count_run, read_settings
-from train.report.tables import interval_text
 
 MOST_TILES = 5  # that changed most are named
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 from pathlib import Path
@@ -34,11 +35,10 @@ from train.report.figures import (
     figure_uri,
 )
 from train.report.reliability import Reliability, count_reliability, pool_reliability
-from train.report.scores import ReportError, load_probabilities, read_settings
-from train.report.tables import fold_table, pooled_table
+from train.report.scores import load_probabilities, read_settings
+from train.report.tables import fold_table, pooled_table, read_run_names, write_report
 from train.run import HISTORY_FILE
 
-CURVES = ("epoch", "train_loss", "val_loss", "val_mcc")  # columns of a history that the page needs
 LONGEST_SIDE = 512  # px of a picture
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -136,25 +136,9 @@ def _figures(
 
 
 def read_histories(run_dir: Path) -> dict[str, pd.DataFrame]:
-    """Return the epochs of each fold of a run that holds tiles out, by its folder such as "unet/fold0".
-
-    Raises:
-        ReportError: a history.csv lacks a column, holds text, or no epoch.
-    """
-    histories = {}
-    for path in sorted(run_dir.rglob(f"fold[0-9]*/{HISTORY_FILE}")):
-        try:
-            history = pd.read_csv(path)[list(CURVES)].astype(float)
-        except (KeyError, ValueError) as error:
-            raise ReportError(
-                f"{path}: {error}; expected numbers in {', '.join(CURVES)}. Remove the fold and fit it again."
-            ) from error
-        if history.empty:
-            raise ReportError(
-                f"{path}: found no epoch; expected a row each. Remove the fold and fit it again."
-            )
-        histories[path.parent.relative_to(run_dir).as_posix()] = history
-    return histories
+    """Return the epochs of each fold of a run that holds tiles out, by its folder such as "unet/fold0"."""
+    paths = sorted(run_dir.rglob(f"fold[0-9]*/{HISTORY_FILE}"))
+    return {path.parent.relative_to(run_dir).as_posix(): pd.read_csv(path) for path in paths}
 
 
 # --- Tiles --------------------------------------------------------------------------------------------------
@@ -245,3 +229,32 @@ def _uri(image: Image.Image, kind: str, **options: object) -> str:
     content = io.BytesIO()
     image.save(content, format=kind, **options)
     return data_uri(kind.lower(), content.getvalue())
+
+
+# --- The command ---------------------------------------------------------------------------------------------
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `report`."""
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="evaluated runs and their names")
+    out = Path("reports/local/out_of_fold.md")
+    parser.add_argument("--out", type=Path, default=out, help="default: %(default)s")
+    parser.add_argument(
+        "--made-with", action="append", default=[], metavar="LINE", help="a command to show in the report"
+    )
+    parser.add_argument("--weights", type=Path, help="the model.pth made of these runs, for its checksum")
+    parser.add_argument(
+        "--html", type=Path, help="a page with pictures of all tiles, e.g. reports/index.html"
+    )
+    parser.add_argument("--store", type=Path, default=Path("data/competition"), help="default: %(default)s")
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Report out-of-fold scores of runs in Markdown, with figures, and on a page with pictures."""
+    runs, store = read_run_names(arguments.runs), TileStore(arguments.store)
+    scores = write_report(runs, store, arguments.out, arguments.made_with, arguments.weights)
+    print(f"{arguments.out} written")
+    if arguments.html:
+        page = write_page(runs, scores, store, arguments.html, arguments.made_with)
+        print(f"{page} written, {page.stat().st_size / 1e6:.1f} MB")
+    return 0

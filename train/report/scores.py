@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from prep.files import write_json
 from prep.store import TileStore, name_some
 from solution import CLASS_NAMES, KitError, decide_classes
+from train.config import flatten
 from train.objective import (
     N_CLASSES,
     TileCounts,
@@ -99,25 +100,17 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     if (run_dir / RUN_FILE).is_file():
-        settings = _flat(json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8")))
+        settings = flatten(json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8")))
     for path in _configs(run_dir):
         member = path.parent.parent.relative_to(run_dir).as_posix()
         prefix = "" if member == "." else f"{member}: "
-        flat = _flat(OmegaConf.to_container(OmegaConf.load(path)))
+        flat = flatten(OmegaConf.to_container(OmegaConf.load(path)))
         settings = {f"{prefix}{key}": value for key, value in flat.items()} | settings
     return settings
 
 
 def _configs(run_dir: Path) -> list[Path]:
     return sorted(run_dir.rglob(f"fold*/{CONFIG_FILE}"))
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    parts = [_flat(value, f"{prefix}.{key}".lstrip(".")) for key, value in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}
 
 
 def predicted_classes(run_dir: Path, store: TileStore, tile_id: str) -> np.ndarray:

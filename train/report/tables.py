@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from prep.files import write_text
+from prep.files import sha256, write_text
 from prep.store import TileStore
 from prep.text import NONE, markdown_table, number_text
 from solution import CLASS_NAMES
 from train.masks.pictures import save_figure
-from train.objective import BINARY_NAMES, CERTAIN_LABELS, HEADLINES
+from train.objective import BINARY_NAMES, CERTAIN_LABELS, HEADLINES, interval_text
 from train.report.figures import draw_confusions, draw_tiles
 from train.report.scores import ReportError, score_run
 
@@ -73,7 +72,7 @@ def write_report(
     sections = [
         "# Out-of-fold scores",
         INTRODUCTION.format(certain=", ".join(certain) or "none").strip(),
-        *([weights_line(weights)] if weights else []),
+        *([f"Weights: SHA-256 {sha256(weights)}"] if weights else []),
         *(["## Commands", "\n".join(("```sh", *commands, "```"))] if commands else []),
         "## Scores, pooled pixels",
         markdown_table(*pooled_table(runs)),
@@ -94,20 +93,6 @@ def write_report(
     ]
     write_text(out, "\n\n".join(sections) + "\n")
     return runs
-
-
-def weights_line(weights: Path) -> str:
-    """Return the line by which a report says which weights it is about."""
-    with open(weights, "rb") as stream:
-        return f"Weights: SHA-256 {hashlib.file_digest(stream, 'sha256').hexdigest()}"
-
-
-def interval_text(interval: Sequence[float] | None) -> str:
-    """Return (value, low, high) as "0.711 (0.690 to 0.731)"."""
-    if interval is None:
-        return NONE
-    value, low, high = map(number_text, interval)
-    return f"{value} ({low} to {high})"
 
 
 Table = tuple[list[str], list[list[str]]]  # head, rows

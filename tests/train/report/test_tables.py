@@ -170,7 +170,7 @@ def test_settings_are_those_of_the_run_and_of_each_member(run):
 
 def test_a_run_that_names_no_scheme_is_an_error(run, store):
     (run / "run.json").unlink()
-    with pytest.raises(report.ReportError, match=r"no run\.json"):
+    with pytest.raises(report.ReportError, match="holds no finished run"):
         report.score_run(run, store)
 
 
