@@ -84,6 +84,9 @@ def prepare(
     source = fingerprint(tiles, labels)
     if not overwrite and is_current(Path(out), source, seed):
         there = store.TileStore(out)
+        if not (there.folder / ground.GROUND_FILE).is_file():  # made by an earlier release
+            known = set(there.tile_ids)
+            ground.write_ground(there.folder, outlines_of([tile for tile in tiles if tile.tile_id in known]))
         print(f"{out} is up to date: made of the same files")
         return Summary(Path(out), there.tiles, there.stats, there.folds)
     labelled = _match(tiles, labels)

@@ -123,7 +123,7 @@ def run_checklist(arguments: argparse.Namespace) -> int:
         try:
             given = TileStore(path) if path.is_dir() else path
             mark, found = ("pass", look(given, members)) if path.exists() else ("n/a", f"{path} is not there")
-        except KitError as error:
+        except (KitError, OSError, ValueError) as error:  # the latter of arrays that are damaged
             mark, found = "FAIL", str(error)
         marks.append(mark)
         print(f"{mark:<5} {title}, {line}: {found}", flush=True)

@@ -226,6 +226,9 @@ def test_the_same_files_in_another_folder_are_up_to_date(data, out, tmp_path, ca
     assert prepare(tmp_path / "elsewhere", out)[1:] == first[1:]
     assert "is up to date: made of the same files" in capsys.readouterr().out
     assert os.stat(out / "tiles.csv").st_ino == before
+    (out / "ground.geojson").unlink()  # as of an earlier release
+    prepare(data, out)
+    assert (out / "ground.geojson").is_file()
     prepare(data, out, overwrite=True)
     assert os.stat(out / "tiles.csv").st_ino != before
 
