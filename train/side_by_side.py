@@ -152,7 +152,7 @@ class Steps:
     def show(self, job: Job, made: int) -> None:
         """Take note of a network's steps; those of an earlier run do not count as fast ones."""
         before = self.made.get((job.folder, job.fold), 0)
-        self.made[job.folder, job.fold] = made
+        self.made[job.folder, job.fold] = made = max(made, before)  # its file goes before its process ends
         if not self.bar.disable:
             self.bar.initial += made if before == 0 else 0
             self.bar.update(made - before)

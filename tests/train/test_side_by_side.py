@@ -59,6 +59,7 @@ def test_the_bar_and_its_time_left_are_of_all_networks(capsys):
     for made in range(1, 13):
         steps.show(jobs[0], 10 + made)
         steps.show(jobs[1], made)
+    steps.show(jobs[1], 0)  # the file with its steps is gone
     assert (steps.bar.total, steps.bar.n, steps.bar.initial) == (120, 34, 11)
     steps.bar.close()
     assert "all networks" in capsys.readouterr().err
