@@ -83,7 +83,7 @@ def _accepted(path: Path, _: object) -> str:
     with tempfile.TemporaryDirectory(prefix="checklist-") as work:
         solution, model = callers.copy_submission(find_solution(None, path, Path(work)), path, Path(work))
         candidate = callers.Candidate(solution, model, Path(work), sys.executable, lambda text: None)
-        case = lay_out_samples("tile", 1, 64, "platform", Path(work))
+        case = lay_out_samples("tile", 1, 256, "platform", Path(work))
         results = callers.check_command_line(candidate, case, callers.COMMAND_LINES[0])[0]
         results += [*callers.check_maskgeration(candidate, case)[0], check.check_size(path)]
     faults = [f"{one.check}: {one.found}" for one in list_failures(results)]
