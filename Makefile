@@ -66,9 +66,10 @@ predict: setup ## masks for the tiles in IN, into OUT, with all passes
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make predict IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
 	$(PY) solution.py "$(IN)" "$(OUT)" --weights "$(WEIGHTS)" --time-budget inf
 
-preview: setup ## pictures of the tiles in IN into OUT: image, outlines, areas; of the masks in MASKS, else by WEIGHTS
+preview: setup ## pictures of the tiles in IN into OUT: image, outlines, areas; of MASKS, else by WEIGHTS; LABELS= beside
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make preview IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
-	$(TRAIN) preview --data "$(IN)" --out "$(OUT)" $(if $(MASKS),--masks "$(MASKS)",--weights "$(WEIGHTS)")
+	$(TRAIN) preview --data "$(IN)" --out "$(OUT)" $(if $(MASKS),--masks "$(MASKS)",--weights "$(WEIGHTS)") \
+		$(if $(LABELS),--labels "$(LABELS)")
 
 evaluate: setup ## score the masks in MASKS, of any origin, against LABELS of either phase; IN= bands: without nodata too
 	@test -n "$(MASKS)" -a -n "$(LABELS)" || { echo "make evaluate MASKS=<folder> LABELS=<folder> [IN=<Band1 ... Band5>]"; exit 2; }

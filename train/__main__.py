@@ -43,7 +43,8 @@ def in_words_of_caller(message: str) -> str:
     """Return a message with options named as the caller gives them: the Makefile says that it is one."""
     if "CALLED_BY_MAKE" not in os.environ:
         return message
-    return re.sub(r"--[a-z]+\b(?!-)", lambda found: MAKE_NAMES.get(found[0], found[0]), message)
+    # what stands in backquotes is a command as it is typed
+    return re.sub(r"`[^`]*`|--[a-z]+\b(?!-)", lambda found: MAKE_NAMES.get(found[0], found[0]), message)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from prep.labels import CODE_CLASSES, CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE
 from prep.store import TileStore
@@ -128,9 +129,8 @@ def count_tiles(
 ) -> list[TileCounts]:
     """Count tiles of a store; `predict` returns the class indices (H, W) of a tile by its id."""
     labels = store.labels
-    return [
-        count_tile(name, fold_of[name], labels[name], store.mask(name), predict(name)) for name in tile_ids
-    ]
+    shown = tqdm(tile_ids, desc="count", unit="tile", delay=2, leave=False, disable=None)
+    return [count_tile(name, fold_of[name], labels[name], store.mask(name), predict(name)) for name in shown]
 
 
 def pool(tiles: Sequence[TileCounts]) -> np.ndarray:

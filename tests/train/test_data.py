@@ -68,7 +68,8 @@ def test_tiles_are_drawn_uniformly_whatever_their_area_of_glacier(tmp_path):
 
 def test_a_side_that_is_nowhere_leaves_its_share_to_the_other(tmp_path):
     tiles = store_of_masks(tmp_path / "store", np.zeros((4, 4), np.uint8))
-    assert PixelSampler(tiles, 0.6).shares.tolist() == [1.0, 0.0]
+    sampler = PixelSampler(tiles, 0.6)
+    assert sampler.shares.tolist() == [1.0, 0.0] and sampler.absent == ["glacier"]
     with pytest.raises(DataError, match="no training pixel .* data.glacier_share = 1 asks for"):
         PixelSampler(tiles, 1.0)
 

@@ -22,7 +22,8 @@ from prep.store import TileStore
 from solution import build_network, normalize, pad_to_multiple
 from train.__main__ import main
 from train.config import Config, ConfigError, load_config
-from train.fit import fit_fold
+from train.data import describe_unlearned, open_fold
+from train.fit import describe_fold, fit_fold
 from train.run import ALL, RunError, parse_folds, read_fold, read_folds, read_record
 from train.side_by_side import Job, fit_jobs
 
@@ -201,6 +202,32 @@ def test_the_command_trains_what_the_recipe_needs(smoke_run):
     found = sorted(str(path.parent.relative_to(smoke_run)) for path in smoke_run.rglob("fold.pt"))
     members = ["north/fold0", "north/fold1", "turned/fold0", "turned/fold1", "turned/foldall"]
     assert found == ["kind/fold0", "kind/fold1", "kind/foldall", *members]
+
+
+def test_labels_that_lack_a_kind_are_told_before_anything_is_trained(tmp_path, capsys):
+    store, run = make_store(tmp_path / "store", size=64, labels=("phase1",)), tmp_path / "run"
+    assert main(["fit", "--recipe", str(SMOKE), "--run", str(run), f"data.store={store}"]) == 2
+    assert "expected both kinds" in capsys.readouterr().err and not run.exists()
+
+
+def test_what_no_network_learns_is_told(store, tmp_path, capsys):
+    opened = TileStore(store)
+    lakes = sum(tile.counts["lake"] for tile in opened.tiles) * 0.0009
+    fit_smoke(store, tmp_path / "run", "--member", "north", "--folds", "1", "train.epochs=1")
+    assert (
+        f"{store}: the labels show {lakes:.1f} km² of lakes, which nothing here learns"
+        in capsys.readouterr().err
+    )
+    bare = opened.tiles[0]._replace(counts=dict.fromkeys(opened.tiles[0].counts, 0))
+    opened.tiles = [bare._replace(tile_id=tile.tile_id) for tile in opened.tiles]
+    assert describe_unlearned(opened) == ""
+
+
+def test_a_side_without_crops_is_told(store):
+    data = open_fold(smoke_config(store), 0)
+    assert "cannot be learned" not in describe_fold(0, data)
+    data.dataset.pixels.absent = ["glacier"]
+    assert describe_fold(0, data).endswith("; no training tile shows glacier: it cannot be learned")
 
 
 def test_one_member_and_some_folds_can_be_asked_for(store, tmp_path):

@@ -12,11 +12,11 @@ MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
 def test_what_make_is_refused_names_its_variables(monkeypatch, capsys, tmp_path):
     command = ["score", "--run", str(tmp_path / "a--run b"), f"data.store={tmp_path}", "optim.lr=x"]
     assert main(command) == 2 and "optim.lr" in capsys.readouterr().err
-    said = "Name another folder with --run, or --no-run; --overwrite (--overwrite-not)"
+    said = "Name another folder with --run, or --no-run; --overwrite (--overwrite-not); `x --run y`"
     monkeypatch.delenv("CALLED_BY_MAKE", raising=False)
     assert in_words_of_caller(said) == said
     monkeypatch.setenv("CALLED_BY_MAKE", "yes")
-    changed = "Name another folder with RUN=, or --no-run; OVERWRITE=yes (--overwrite-not)"
+    changed = "Name another folder with RUN=, or --no-run; OVERWRITE=yes (--overwrite-not); `x --run y`"
     assert in_words_of_caller(said) == changed
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
+from tqdm import tqdm
 
 from prep.files import write_whole
 from prep.labels import CODE_NAMES, IGNORE
@@ -86,7 +87,8 @@ def write_page(
     first, *others = scores.values()
     shared = [tile for tile in first["tiles"] if all(tile in other["tiles"] for other in others)]
     tiles, counts = [], []
-    for tile_id in sorted(shared, key=lambda tile: first["tiles"][tile]["valid_pixels"]["binary"]["mcc"]):
+    shared.sort(key=lambda tile: first["tiles"][tile]["valid_pixels"]["binary"]["mcc"])
+    for tile_id in tqdm(shared, desc="pictures", unit="tile", disable=None):
         codes, image = store.mask(tile_id), store.image(tile_id)
         probs = {name: load_probabilities(Path(run), store, tile_id) for name, run in run_dirs.items()}
         tiles.append(describe_tile(tile_id, image, codes, probs, scores))

@@ -228,7 +228,9 @@ def judge_seconds(subject: str, seconds: float, said: str, machine: Machine) -> 
     is a warning where the machine was busy. `said` is its last line."""
     late = seconds > KNOWN_SECONDS
     remedy = (
-        "check again when the machine is free" if machine.busy else "`train pack` with less --time-budget"
+        "check again when the machine is free"
+        if machine.busy
+        else "`python -m train pack` with --time-budget 40"
     )
     expected = f"at most {KNOWN_SECONDS:g} s" + (f"; {remedy}" if late else "")
     found = f"{seconds:.1f} s with start ({said}; {machine})"
