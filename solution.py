@@ -581,11 +581,10 @@ def list_band(folder: Path | None) -> dict[str, Path]:
 
 
 def find_tiles(data: DataSource) -> list[TileFiles]:
-    """Return the tiles of all band folders, sorted by tile id; a tile that lacks some band is listed too.
+    """Return the tiles of all band folders, sorted by tile id, also one that lacks a band; InputError for none.
 
     Files belong together where their names differ in leading band names only. Where tiles would share an id,
-    as 2019_08_14 and 2020_08_14 would, each one's id is what its bands' names have in common. Raises
-    InputError where there are no band folders or no tiles in them.
+    as 2019_08_14 and 2020_08_14 would, each one's id is what its bands' names have in common.
     """
     folders = band_folders(data)
     bands = [list_band(folders.get(number)) for number in range(1, len(BANDS) + 1)]
@@ -929,6 +928,7 @@ def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
 def load_model(path: PathLike) -> Model:
     """Return the model that `path` holds, on the GPU where there is one that works. Raises InputError where it is
     damaged, incomplete, or its weights do not fit: random weights are never used."""
+    prepare_torch(threads_of_each(1))
     content, device = read_model_file(path), usable_device()
     try:
         stored = enumerate(content["members"])

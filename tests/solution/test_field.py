@@ -304,11 +304,25 @@ def test_a_gpu_that_cannot_be_used_is_left(monkeypatch, capsys):
     assert "the GPU cannot be used" in capsys.readouterr().err
 
 
-def test_a_process_that_was_forked_has_one_thread(monkeypatch):
-    monkeypatch.setattr(solution, "usable_cores", lambda: 4)
-    assert solution.threads_of_each(1) == 4
-    monkeypatch.setattr(solution, "IMPORTED_BY", os.getppid())
-    assert solution.threads_of_each(1) == 1
+# A process that has used two threads forks, as workers of a server do.
+FORKED = """
+import os, signal, sys
+import solution
+before = solution.maskgeration(*sys.argv[1:])
+child = os.fork()
+if child == 0:
+    signal.alarm(120)
+    after = solution.maskgeration(*sys.argv[1:])
+    os._exit(any((before[name] != after[name]).any() for name in before))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_makes_the_same_masks(tmp_path):
+    write_tile(tmp_path / "in", "001", numbers())  # one tile, so that its passes use both threads
+    command = [sys.executable, "-c", FORKED, tmp_path / "in", write_model(tmp_path / "model.pth")]
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "2"}
+    assert subprocess.run(command, cwd=support.PROJECT, env=surroundings, timeout=300).returncode == 0
 
 
 # --- Time -----------------------------------------------------------------------------------------
