@@ -7,16 +7,20 @@ import sys
 from pathlib import Path
 
 from prep.competition import PHASE_OPTIONS
+from prep.files import write_json
 from prep.text import plural
 from solution import InputError, find_weights
 from train.masks.files import VALUES_OPTIONS
-from train.masks.score import format_scores, score_masks, write_scores
+from train.masks.score import format_scores, score_masks
 
 
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `preview`."""
     parser.add_argument("--data", type=Path, required=True, help="folder with Band1 ... Band5")
     parser.add_argument("--masks", type=Path, help="folder of masks; default: made with --weights")
+    parser.add_argument(
+        "--labels", type=Path, help="folder of labels, or with label folders, to draw beside them"
+    )
     parser.add_argument(
         "--weights", type=Path, help="model.pth, for masks and maps of confidence: takes all its passes"
     )
@@ -31,7 +35,8 @@ def run_preview(arguments: argparse.Namespace) -> int:
 
     if not (arguments.masks or arguments.weights):
         raise InputError("nothing to draw over the tiles; give --masks FOLDER, --weights model.pth, or both")
-    written = write_quicklooks(arguments.data, arguments.out, arguments.masks, arguments.weights)
+    given = (arguments.masks, arguments.weights, arguments.labels)
+    written = write_quicklooks(arguments.data, arguments.out, *given)
     print(f"{written[-1]}: contact sheet; {plural(len(written), 'picture')} in all")
     return 0
 
@@ -68,7 +73,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     )
     print(format_scores(scores))
     if arguments.json:
-        write_scores(scores, arguments.json)
+        write_json(arguments.json, scores)
     return 0
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas
 from tqdm import tqdm
 
-from prep.text import number_text
+from prep.text import NONE
 from solution import (
     CLASS_NAMES,
     CLASS_VALUES,
@@ -21,14 +21,14 @@ from solution import (
     to_mask,
     warn,
 )
-from train.masks.files import read_mask, refuse_other_size
+from train.masks.files import read_mask
 from train.masks.georeference import Georeference, georeference_of, open_raster
 from train.masks.outlines import to_polygons, write_geopackage
 from train.masks.rasters import Layout, write_raster
-from train.masks.score import text_table
 
 POLYGON_FILE = "glaciers.gpkg"
 LAYER = "classes"
+VALUES = {value: (code, CLASS_NAMES[code]) for code, value in enumerate(CLASS_VALUES)}
 
 
 class Exported(NamedTuple):
@@ -57,14 +57,18 @@ def export_masks(masks: Path, data: Path, out: Path) -> Exported:
             be written to or is one of the input folders.
     """
     tiles = find_tiles(data)
-    _refuse_inputs(out, masks)
+    if out.is_dir() and masks.is_dir() and out.samefile(masks):
+        raise InputError(f"{out}: holds the masks to export, which would be overwritten; name another folder")
     out = prepare_output(out, data)
     for tile in tiles:  # all are checked before any is written
         _read_fitting(masks, tile)
     rasters, frames, without = [], [], []
     for tile in tqdm(tiles, desc="masks", unit="tile", disable=None):
         classes, place = _read_fitting(masks, tile)
-        rasters.append(write_geotiff(out / f"{tile.tile_id}.tif", to_mask(classes), place))
+        layout = Layout(classes.shape, ("glacier class",), values=VALUES)  # no nodata: 0 is other or not seen
+        rasters.append(
+            write_raster(out / f"{tile.tile_id}.tif", place, layout, [(0, to_mask(classes)[None])])
+        )
         if place:
             frames.append(to_polygons(tile.tile_id, classes, place))
         else:
@@ -78,28 +82,14 @@ def export_masks(masks: Path, data: Path, out: Path) -> Exported:
     return Exported(rasters, layers, write_geopackage(layers, out / POLYGON_FILE), without)
 
 
-def _refuse_inputs(out: Path, masks: Path) -> None:
-    if out.is_dir() and masks.is_dir() and out.samefile(masks):
-        raise InputError(f"{out}: holds the masks to export, which would be overwritten; name another folder")
-
-
 def _read_fitting(masks: Path, tile: TileFiles) -> tuple[np.ndarray, Optional[Georeference]]:
     """Return a tile's class indices (H, W), of the size of its bands, and the place that these state."""
-    classes, places = read_mask(masks, tile), []
+    places, shapes = [], []
     for path in filter(None, tile.paths):
         with open_raster(path) as raster:
             places.append(georeference_of(raster))
-            refuse_other_size(classes, raster.shape, masks, tile)
-    return classes, next(filter(None, places), None)
-
-
-def write_geotiff(path: Path, mask: np.ndarray, place: Optional[Georeference]) -> Path:
-    """Write a mask (H, W) uint8 of the competition's values with the colours of the classes.
-
-    Nothing is declared nodata: 0 means other as well as not seen.
-    """
-    values = {value: (code, CLASS_NAMES[code]) for code, value in enumerate(CLASS_VALUES)}
-    return write_raster(path, place, Layout(mask.shape, ("glacier class",), values=values), [(0, mask[None])])
+            shapes.append(raster.shape)
+    return read_mask(masks, tile, shapes[0]), next(filter(None, places), None)
 
 
 def as_layers(frames: Iterable[geopandas.GeoDataFrame]) -> dict[str, geopandas.GeoDataFrame]:
@@ -126,8 +116,8 @@ def format_areas(exported: Exported) -> str:
     if exported.polygon_file is None:
         return f"{lines[0]}; no polygons"
     polygons = pandas.concat([frame.drop(columns="geometry") for frame in exported.polygons.values()])
-    rows = []
-    for name in CLASS_NAMES[1:]:
-        areas = polygons.loc[polygons["class"] == name, "area_km2"]
-        rows.append([name, f"{len(areas):,}", number_text(areas.sum(skipna=False), 1)])
-    return f"{lines[0]}; {exported.polygon_file}:\n\n" + text_table(["class", "polygons", "km²"], rows)
+    areas = polygons.groupby("class")["area_km2"].agg(
+        polygons="size", **{"km²": lambda km2: km2.sum(skipna=False)}
+    )
+    table = areas.reindex(CLASS_NAMES[1:], fill_value=0).to_string(float_format="{:,.1f}".format, na_rep=NONE)
+    return f"{lines[0]}; {exported.polygon_file}:\n\n{table}"

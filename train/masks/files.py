@@ -10,6 +10,7 @@ import numpy as np
 from prep import label_files
 from prep.label_files import LabelFile
 from solution import CLASS_VALUES, InputError, TileError, TileFiles
+from train.masks.georeference import describe
 from train.objective import GLACIER, OTHER
 
 # What the values of a folder of masks stand for: "classes" is 0, 85, 170, 255; "extent" is 0 and 255 as in
@@ -63,13 +64,15 @@ def read_classes(mask: LabelFile, values: str) -> np.ndarray:
     return label_files.to_codes(pixels, "phase2")
 
 
-def read_mask(masks: Path, tile: TileFiles) -> np.ndarray:
-    """Return the class indices (H, W) uint8 of the mask of a tile, found in a folder by its tile id.
+def read_mask(masks: Path, tile: TileFiles, shape: Sequence[int]) -> np.ndarray:
+    """Return the class indices (H, W) uint8 of the mask of a tile of this shape, found in a folder by its tile id.
 
     Raises:
-        InputError: there is none, or it holds other values than a mask's.
+        InputError: there is none, two have this id, or it has other values than a mask's or another size.
     """
-    path = find_masks(masks).get(tile.tile_id)
+    found, twice = label_files.list_files(masks)
+    raise_problems(twice)
+    path = found.get(tile.tile_id)
     if path is None:
         raise InputError(
             f"{masks}: no mask for {tile.name} (tile id {tile.tile_id}); write it with `python solution.py`"
@@ -80,27 +83,11 @@ def read_mask(masks: Path, tile: TileFiles) -> np.ndarray:
         raise InputError(str(error)) from error
     if not np.isin(pixels, CLASS_VALUES).all():
         raise InputError(f"{path}: is no mask, expected one band of the values {CLASS_VALUES}")
-    return label_files.to_codes(pixels, "phase2")
-
-
-def refuse_other_size(mask: np.ndarray, shape: Sequence[int], masks: Path, tile: TileFiles) -> None:
-    """Raise InputError where a tile's mask, found in the folder `masks`, has another size than its bands."""
-    if mask.shape != tuple(shape):
+    if pixels.shape != tuple(shape):
         raise InputError(
-            f"{masks}: the mask of tile {tile.tile_id} has {mask.shape[1]} x {mask.shape[0]} px, expected "
-            f"{shape[1]} x {shape[0]} px as in {tile.name}; write it at that size"
+            f"{path}: {describe(pixels.shape)}, expected {describe(shape)} as in {tile.name}; write it at that size"
         )
-
-
-def find_masks(folder: Path) -> dict[str, Path]:
-    """Return {tile id: file} of a folder of masks; a folder that does not exist has none.
-
-    Raises:
-        InputError: two files have one tile id.
-    """
-    found, twice = label_files.list_files(folder)
-    raise_problems(twice)
-    return found
+    return label_files.to_codes(pixels, "phase2")
 
 
 def raise_problems(problems: Sequence[str]) -> None:

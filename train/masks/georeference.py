@@ -44,6 +44,18 @@ class Georeference(NamedTuple):
         return geod
 
 
+def describe(shape: Sequence[int], place: Optional[Georeference] = None) -> str:
+    """Return a raster's size and, where it is known, its pixel, coordinate system and upper left corner in words."""
+    size = f"{shape[1]:,} x {shape[0]:,} px"
+    if place is None:
+        return size
+    width = place.pixel_km(shape)
+    metres = f" of {1000 * width:.0f} m" if width else ""
+    name = place.crs.to_string() if place.crs.to_epsg() else "a system without EPSG code"
+    digits = 4 if place.crs.is_geographic else 0
+    return f"{size}{metres}, {name}, corner {place.transform.c:,.{digits}f} / {place.transform.f:,.{digits}f}"
+
+
 def _degrees_of(crs: CRS) -> Optional[pyproj.Transformer]:
     """Return the way from a system to longitude and latitude on its own ellipsoid; None: it has no such."""
     try:

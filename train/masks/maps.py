@@ -135,7 +135,7 @@ def _made_of(scene: Scene, settings: Settings) -> dict[str, Any]:
         weights = hashlib.file_digest(stream, "sha256").hexdigest()
     named = [path for path in (*scene.bands, scene.quality, settings.aoi) if path]
     files = [Path(str(path).removeprefix("/vsitar/")) for path in named]
-    files = [next(part for part in (path, *path.parents) if part.is_file()) for path in files]
+    files = [next(part for part in (path, *path.parents) if part.exists()) for path in files]
     stamps = [[str(path), file.stat().st_size, file.stat().st_mtime_ns] for path, file in zip(named, files)]
     chosen = {key: str(value) for key, value in settings._asdict().items() if key != "weights"}
     return {"weights": weights, "files": stamps, **chosen}
@@ -173,7 +173,7 @@ def _write_rasters(scene: Scene, folder: Path, classes: np.ndarray, parts: Path)
     def strips() -> Iterator[Strip]:
         return (Strip.read(path) for path in sorted(parts.glob("*.npz")))
 
-    share = Layout(scene.shape, ("probability of the class",), NODATA, scale=1 / STEPS)
+    share = Layout(scene.shape, ("probability of the class",), NODATA, scale=1 / STEPS, tags=scene.about)
     names = tuple(f"probability of {name}" for name in CLASS_NAMES)
     write_raster(
         folder / "probabilities.tif",
@@ -185,7 +185,7 @@ def _write_rasters(scene: Scene, folder: Path, classes: np.ndarray, parts: Path)
         (strip.top, class_confidence(strip.probabilities, classes[strip.rows])[None]) for strip in strips()
     )
     write_raster(folder / "confidence.tif", scene.place, share, sure)
-    layout = Layout(scene.shape, ("class",), NODATA, values=CLASS_VALUES)
+    layout = Layout(scene.shape, ("class",), NODATA, values=CLASS_VALUES, tags=scene.about)
     write_raster(folder / "classes.tif", scene.place, layout, [(0, classes[None])])
 
 
@@ -196,6 +196,7 @@ def _summarise(
     pixels, km2 = np.bincount(classes.ravel(), minlength=256), class_km2(classes, scene.place)
     summary: dict[str, Any] = {
         "scene": scene.name,
+        "about": dict(scene.about),
         "pixels": {name: int(pixels[code]) for code, name in enumerate(CLASS_NAMES)},
         "nodata_pixels": int(pixels[NODATA]),
         "saturated_pixels": found.saturated,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from prep.labels import CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE, allowed_classes
+from prep.labels import GLACIER_OR_DEBRIS, IGNORE, OTHER_OR_LAKE, allowed_classes
 from solution import BANDS
 from train.objective import DEBRIS, GLACIER, GLACIER_CODES, LAKE, OTHER
 
@@ -72,7 +71,7 @@ def paint_codes(codes: np.ndarray) -> np.ndarray:
     """Return (H, W, 3) uint8 colours of label codes or class indices (H, W)."""
     palette = np.zeros((256, 3), dtype=np.uint8)
     for code, colour in CODE_COLOURS.items():
-        palette[code] = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
+        palette[code] = list(bytes.fromhex(colour[1:]))
     return palette[codes]
 
 
@@ -104,13 +103,6 @@ def _stretch(band: np.ndarray) -> np.ndarray:
     return np.where(present, 255 * scaled**GAMMA, 255).astype(np.uint8)
 
 
-def add_legend(figure: Figure, codes: Iterable[int]) -> None:
-    """Add the colours and names of label codes below a figure."""
-    names = {**CODE_NAMES, IGNORE: "nodata"}
-    handles = [Patch(facecolor=CODE_COLOURS[code], edgecolor="grey", label=names[code]) for code in codes]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-
-
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as a PNG that is the same for the same content, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,17 +110,17 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw_outlines(axis: Any, classes: np.ndarray, valid: np.ndarray, width: float = 0.8) -> None:
+def draw_outlines(axis: Any, codes: np.ndarray, width: float = 0.8) -> None:
     """Draw the borders of classes on matplotlib axes; where a class ends at nodata there is none.
 
     Args:
         axis: shows the tile in pixels.
-        classes: (H, W) class indices.
-        valid: (H, W) bool, False where nodata.
+        codes: (H, W) class indices, IGNORE where nodata.
         width: of the lines in points.
     """
-    for label, colour in OUTLINE_COLOURS.items():
-        inside = classes == label
-        if min(classes.shape) > 1 and inside[valid].any() and not inside[valid].all():
+    valid = codes != IGNORE
+    for code, colour in OUTLINE_COLOURS.items():
+        inside = codes == code
+        if min(codes.shape) > 1 and inside.any() and not inside[valid].all():
             shown = np.ma.masked_array(inside.astype(float), ~valid)
             axis.contour(shown, levels=[0.5], colors=[colour], linewidths=width)

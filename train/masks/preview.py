@@ -1,21 +1,21 @@
-"""Quicklooks: one picture a tile of image, outlines, mask, temperature and confidence, and contact sheets."""
+"""Quicklooks: one picture a tile of image, outlines, mask, label, temperature and confidence, and contact sheets."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
+from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from tqdm import tqdm
 
-from prep.labels import IGNORE
+from prep.label_files import Labels, read_label, to_codes
+from prep.labels import CODE_NAMES, GLACIER_OR_DEBRIS, IGNORE
 from solution import (
     BANDS,
-    CLASS_NAMES,
-    WINDOW,
     InputError,
     Model,
     TileFiles,
@@ -23,213 +23,154 @@ from solution import (
     load_model,
     prepare_torch,
     usable_cores,
-    valid_mask,
     warn,
 )
-from train.masks.files import read_mask, refuse_other_size
-from train.masks.georeference import Georeference, class_km2
+from train.masks.files import read_mask
+from train.masks.georeference import Georeference, class_km2, describe
 from train.masks.pictures import (
     CODE_COLOURS,
     OUTLINE_COLOURS,
     STRETCH,
-    add_legend,
     draw_outlines,
     false_colour,
     paint_codes,
     save_figure,
 )
-from train.masks.scene import Scene, read_rows, tile_scene
-from train.masks.strips import (
-    NODATA,
-    STEPS,
-    class_confidence,
-    finish_classes,
-    picture_step,
-    predict_strips,
-)
+from train.masks.scene import tile_scene
+from train.masks.score import read_label_set
+from train.masks.strips import NODATA, STEPS, class_confidence, finish_classes, picture_step, predict_strips
 from train.objective import DEBRIS, GLACIER, LAKE, OTHER
 
 THERMAL = [band.name for band in BANDS].index("thermal")
 ZERO_CELSIUS = 273.15  # kelvin
-TILES_A_SHEET, TILES_A_LINE = 24, 6
-SHEET = "contact_sheet"
+TILES_A_SHEET, TILES_A_LINE, THUMBNAIL = 24, 6, 256
 SHOWN_CODES = (OTHER, GLACIER, DEBRIS, LAKE, IGNORE)
 
 
 class View(NamedTuple):
     """All that a picture of a tile shows; of a large one, every n-th pixel, so that none is held as a whole.
 
-    `image`: (h, w, 5) physical units, NaN where nodata. `classes`: (h, w) class indices. `confidence`: (h, w)
-    probability (0-1) of the class shown; None where only a mask is known. `place`: None without georeference.
-    `shape`: (H, W) of the whole tile; `pixels` and `km2`: (256,), what each class, and IGNORE for nodata,
-    covers of it; `km2` is None where that is not known.
+    `image`: (h, w, 5) physical units, NaN where nodata. `codes`: (h, w) class indices, IGNORE where nodata.
+    `confidence`: (h, w) probability (0-1) of the class shown; None where only a mask is known. `label`: (h, w)
+    label codes, if there is one. `place`: None without georeference. `shape`: (H, W) of the whole tile; `pixels`
+    and `km2`: (256,), what each code covers of it; `km2` is None where that is not known.
     """
 
     tile_id: str
     image: np.ndarray
-    classes: np.ndarray
+    codes: np.ndarray
     confidence: Optional[np.ndarray]
+    label: Optional[np.ndarray]
     place: Optional[Georeference]
     shape: tuple[int, int]
     pixels: np.ndarray
     km2: Optional[np.ndarray]
 
+    def area(self, *codes: int) -> str:
+        """Return what some codes cover: km², where that is known, and the share of the pixels with data."""
+        share = self.pixels[list(codes)].sum() / max(1, self.pixels[:IGNORE].sum())
+        return f"{share:.1%}" if self.km2 is None else f"{self.km2[list(codes)].sum():,.1f} km², {share:.1%}"
 
-# --- What is shown --------------------------------------------------------------------------------
 
-
-def open_view(tile: TileFiles, masks: Optional[Path], model: Optional[Model]) -> View:
+def open_view(
+    tile: TileFiles, masks: Optional[Path], model: Optional[Model], labels: Optional[Labels] = None
+) -> View:
     """Return the view of a tile: its mask from a folder, else by the model; its confidence by the model.
 
     A tile that cannot be read is shown white, with a warning.
 
     Raises:
-        InputError: the mask is missing or is none, or there is neither a folder of masks nor a model.
+        InputError: the mask is missing or is none, or it or the label has another size than the tile.
     """
-    mask = read_mask(masks, tile) if masks else None
     try:
         scene = tile_scene(tile)
-        image, decided, probabilities = _look(scene, model)
+        step, strips = picture_step(scene), []
+        for strip in predict_strips(model, scene):
+            small = strip.probabilities[:, -strip.top % step :: step, ::step].copy()
+            strips.append(strip._replace(probabilities=small, rest=strip.rest[:0].copy()))
     except InputError as error:
         warn(f"{error}; its picture stays white")
-        blank = np.zeros((64, 64), np.uint8) if mask is None else mask
+        blank = np.full((64, 64), IGNORE, np.uint8)
         image = np.full((*blank.shape, len(BANDS)), np.nan)
-        return View(tile.tile_id, image, blank, None, None, blank.shape, np.zeros(256, int), None)
-    if mask is None:
-        assert model is not None, "neither masks nor weights"
-        mask = finish_classes(model, decided)
+        return View(tile.tile_id, image, blank, None, None, None, blank.shape, np.zeros(256, int), None)
+    decided = np.concatenate([strip.classes for strip in strips])
     if masks:
-        refuse_other_size(mask, scene.shape, masks, tile)
-    codes = np.where(decided == NODATA, np.uint8(IGNORE), mask)
-    pixels, km2 = np.bincount(codes.ravel(), minlength=256), class_km2(codes, scene.place)
-    small = np.where(codes == IGNORE, 0, codes)[:: picture_step(scene), :: picture_step(scene)]
-    sure = class_confidence(probabilities, small) / STEPS if probabilities is not None else None
-    return View(tile.tile_id, image, small, sure, scene.place, scene.shape, pixels, km2)
-
-
-def _look(scene: Scene, model: Optional[Model]) -> tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]:
-    """Return every n-th pixel of a scene's bands; the classes (H, W) that the model decides on, 0 without
-    one, NODATA where nothing was measured; every n-th pixel's probabilities (4, h, w), None without one."""
-    step = picture_step(scene)
-    if model:
-        strips = [
-            strip._replace(probabilities=strip.probabilities[:, -strip.top % step :: step, ::step].copy())
-            for strip in predict_strips(model, scene)
-        ]
-        parts = [(strip.picture, strip.classes) for strip in strips]
-        probabilities = np.concatenate([strip.probabilities for strip in strips], axis=1)
+        codes = read_mask(masks, tile, scene.shape)
     else:
-        parts, probabilities = [], None
-        for top in range(0, scene.shape[0], WINDOW):
-            image = read_rows(scene, top, min(top + WINDOW, scene.shape[0]))
-            seen = np.where(valid_mask(image), np.uint8(0), np.uint8(NODATA))
-            parts.append((image[-top % step :: step, ::step].copy(), seen))
-    image, decided = (np.concatenate(pieces) for pieces in zip(*parts))
-    return image, decided, probabilities
-
-
-def class_areas(view: View) -> list[list[str]]:
-    """Return rows of class, km² and share of the pixels with data; km² only where the tile has a place."""
-    rows = []
-    for name, code in [*zip(CLASS_NAMES, range(len(CLASS_NAMES))), ("nodata", IGNORE)]:
-        area = "–" if view.km2 is None else f"{view.km2[code]:,.1f}"
-        share = f"{view.pixels[code] / max(1, view.pixels[:IGNORE].sum()):.1%}"
-        rows.append([name, area, "" if code == IGNORE else share])
-    return rows
-
-
-def describe_place(place: Optional[Georeference], shape: Sequence[int]) -> str:
-    """Return a tile's size, its coordinate system and its upper left corner in words."""
-    size = f"{shape[1]} x {shape[0]} px"
-    if place is None:
-        return f"{size}, not georeferenced"
-    width = place.pixel_km(shape)
-    metres = f" of {1000 * width:.0f} m" if width else ""
-    name = place.crs.to_string() if place.crs.to_epsg() else "a system without EPSG code"
-    digits = 4 if place.crs.is_geographic else 0
-    corner = f"{place.transform.c:,.{digits}f} / {place.transform.f:,.{digits}f}"
-    return f"{size}{metres}, {name}, upper left {corner}"
+        assert model, "neither masks nor weights"
+        codes = finish_classes(model, decided)
+    codes[decided == NODATA] = IGNORE
+    small, confidence, label = codes[::step, ::step].copy(), None, None
+    if model:
+        stored = np.concatenate([strip.probabilities for strip in strips], axis=1)
+        confidence = np.where(small == IGNORE, np.nan, class_confidence(stored, small) / STEPS)
+    if labels and tile.tile_id in labels.files:
+        path = labels.files[tile.tile_id].path
+        label = to_codes(read_label(path), labels.phases[tile.tile_id])
+        if label.shape != scene.shape:
+            raise InputError(
+                f"{path}: {describe(label.shape)}, expected {describe(scene.shape)} as in {tile.name}"
+            )
+        label = label[::step, ::step]
+    image, pixels = (
+        np.concatenate([strip.picture for strip in strips]),
+        np.bincount(codes.ravel(), minlength=256),
+    )
+    km2 = class_km2(codes, scene.place)
+    return View(tile.tile_id, image, small, confidence, label, scene.place, scene.shape, pixels, km2)
 
 
 # --- One tile -------------------------------------------------------------------------------------
 
 
 def draw_quicklook(view: View) -> Figure:
-    """Draw a tile: composite, outlines, mask, temperature, confidence where it is known, areas."""
-    figure = Figure(figsize=(16.5, 11.4), layout="constrained")
-    below = "DEF" if view.confidence is not None else "DF."
-    axes = figure.subplot_mosaic(f"ABC;{below}")
-    composite = false_colour(view.image)
-    for name, title in (("A", "SWIR-1, red, green"), ("B", "outlines of the mask")):
-        axes[name].imshow(composite, interpolation="nearest")
-        axes[name].set_title(title)
-    draw_outlines(axes["B"], view.classes, valid_mask(view.image), width=1.0)
-    _draw_mask(axes["C"], view)
-    axes["C"].set_title("mask")
-    _draw_temperature(figure, axes["D"], view.image)
-    if view.confidence is not None:
-        _draw_confidence(figure, axes["E"], np.where(valid_mask(view.image), view.confidence, np.nan))
-    for axis in axes.values():
+    """Draw a tile: composite, outlines, mask, label where there is one, temperature, confidence, areas."""
+    columns = -(-(5 + (view.label is not None) + (view.confidence is not None)) // 2)
+    figure = Figure(figsize=(5.5 * columns, 11.4), layout="constrained")
+    axes = iter(figure.subplots(2, columns).ravel())
+    for axis in figure.axes:
         axis.set_axis_off()
-    _draw_facts(axes["F"], view)
-    _draw_scale_bar(axes["A"], view)
-    figure.suptitle(f"{view.tile_id}: {describe_place(view.place, view.shape)}", fontsize=14)
+    composite = false_colour(view.image)
+    _draw_scale_bar(_show(next(axes), "SWIR-1, red, green", composite), view)
+    draw_outlines(_show(next(axes), "outlines of the mask", composite), view.codes, width=1.0)
+    _show(next(axes), "mask", paint_codes(view.codes))
+    if view.label is not None:
+        _show(next(axes), "label", paint_codes(view.label))
+    celsius = view.image[..., THERMAL] - ZERO_CELSIUS
+    present = celsius[np.isfinite(celsius)]
+    limits = np.percentile(present, STRETCH) if present.size else (0, 1)
+    _show(next(axes), "surface temperature, °C", celsius, cmap="inferno", vmin=limits[0], vmax=limits[1])
+    if view.confidence is not None:
+        title = "confidence: probability of the class shown"
+        _show(next(axes), title, view.confidence, cmap="viridis", vmin=0.25, vmax=1)
+    next(axes).legend(handles=_legend(view), loc="upper left", frameon=False, fontsize=13)
+    figure.suptitle(f"{view.tile_id}: {describe(view.shape, view.place)}", fontsize=14)
     return figure
 
 
-def _draw_mask(axis: Any, view: View) -> None:
-    shown = np.where(valid_mask(view.image), view.classes, IGNORE)
-    axis.imshow(paint_codes(shown), interpolation="nearest")
+def _show(axis: Any, title: str, pixels: np.ndarray, **colours: Any) -> Any:
+    """Draw pixels with a thin border, and a bar below where numbers become colours; return the axis."""
+    drawn = axis.imshow(pixels, interpolation="nearest", **colours)
+    axis.set_title(title)
     axis.add_patch(Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, edgecolor="grey"))
+    if colours:
+        axis.figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.7, aspect=40, extend="both")
+    return axis
 
 
-def _draw_temperature(figure: Figure, axis: Any, image: np.ndarray) -> None:
-    celsius = image[..., THERMAL] - ZERO_CELSIUS
-    present = celsius[np.isfinite(celsius)]
-    low, high = np.percentile(present, STRETCH) if present.size else (0.0, 1.0)
-    drawn = axis.imshow(celsius, cmap="inferno", vmin=low, vmax=high, interpolation="nearest")
-    axis.set_title("surface temperature, °C")
-    figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.7, aspect=40, extend="both")
-
-
-def _draw_confidence(figure: Figure, axis: Any, confidence: np.ndarray) -> None:
-    drawn = axis.imshow(confidence, cmap="viridis", vmin=0.25, vmax=1, interpolation="nearest")
-    axis.set_title("confidence: probability of the class shown")
-    figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.7, aspect=40)
-
-
-def _draw_facts(axis: Any, view: View) -> None:
-    """Write the legend and the areas of the classes into an empty panel."""
-    rows = class_areas(view)
-    table = axis.table(
-        cellText=[["", *row] for row in rows],
-        colLabels=["", "class", "km²", "of valid"],
-        cellColours=[[CODE_COLOURS[code], *["white"] * 3] for code in SHOWN_CODES],
-        colWidths=[0.08, 0.24, 0.22, 0.22],
-        cellLoc="right",
-        bbox=[0.05, 0.45, 0.85, 0.5],
-    )
-    table.auto_set_font_size(False)
-    table.set_fontsize(13)
-    for cell in table.get_celld().values():
-        cell.set_edgecolor("#cccccc")
-    axis.legend(
-        handles=_outline_handles(view.classes),
-        title="outlines",
-        loc="upper left",
-        bbox_to_anchor=(0.03, 0.40),
-        frameon=False,
-        fontsize=12,
-        alignment="left",
-    )
-
-
-def _outline_handles(classes: np.ndarray) -> list[Line2D]:
-    """Return legend entries of the outlines of those classes that occur."""
+def _legend(view: Optional[View] = None) -> list[Patch | Line2D]:
+    """Return legend entries of the classes; of a view, with their areas, and of its outlines."""
+    names = {**CODE_NAMES, IGNORE: "nodata"}
+    labels = {code: names[code] + (f": {view.area(code)}" if view else "") for code in SHOWN_CODES}
+    if view and view.label is not None:
+        labels[GLACIER_OR_DEBRIS] = "glacier of either kind, in the label"
+    outlined = [code for code in OUTLINE_COLOURS if view and (view.codes == code).any()]
     return [
-        Line2D([], [], color=colour, linewidth=2.5, label=CLASS_NAMES[label])
-        for label, colour in OUTLINE_COLOURS.items()
-        if (classes == label).any()
+        *[Patch(facecolor=CODE_COLOURS[code], edgecolor="grey", label=text) for code, text in labels.items()],
+        *[
+            Line2D([], [], color=OUTLINE_COLOURS[code], label=f"outline of {names[code]}")
+            for code in outlined
+        ],
     ]
 
 
@@ -238,105 +179,73 @@ def _draw_scale_bar(axis: Any, view: View) -> None:
     pixel = view.place.pixel_km(view.shape) if view.place else None
     if pixel is None:
         return
-    height, width = view.classes.shape
-    pixel *= view.shape[1] / width
-    fifth = width * pixel / 5
+    pixel *= view.shape[1] / view.codes.shape[1]
+    fifth = view.codes.shape[1] * pixel / 5
     length = max((step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if step <= fifth), default=fifth)
-    left, bottom, pixels = 0.04 * width, 0.95 * height, length / pixel
-    box = (left - 0.015 * width, bottom - 0.055 * height)
-    axis.add_patch(Rectangle(box, pixels + 0.03 * width, 0.08 * height, facecolor="white", alpha=0.85))
-    axis.plot([left, left + pixels], [bottom, bottom], color="black", linewidth=3, solid_capstyle="butt")
-    axis.text(left + pixels / 2, bottom - 0.012 * height, f"{length:g} km", ha="center", va="bottom")
+    axis.add_artist(AnchoredSizeBar(axis.transData, length / pixel, f"{length:g} km", "lower left", pad=0.5))
 
 
 # --- A set of tiles -------------------------------------------------------------------------------
 
 
-class Thumbnail(NamedTuple):
-    """A view at fewer pixels, and the area of glacier of either kind in words, from all of them."""
-
-    view: View
-    area: str
-
-
-def make_thumbnail(view: View, side: int = 256) -> Thumbnail:
-    """Return a view with every n-th pixel, so that its longer side has about `side` or less."""
-    step = -(-max(view.classes.shape) // side)
-    small = view._replace(
-        image=view.image[::step, ::step].copy(), classes=view.classes[::step, ::step].copy()
-    )
-    return Thumbnail(small._replace(confidence=None), _glacier_area(view))
+def make_thumbnail(view: View) -> View:
+    """Return a view with every n-th pixel, so that its longer side has THUMBNAIL px or less; areas stay."""
+    step = -(-max(view.codes.shape) // THUMBNAIL)
+    image, codes = view.image[::step, ::step].copy(), view.codes[::step, ::step].copy()
+    return view._replace(image=image, codes=codes, confidence=None, label=None)
 
 
-def _glacier_area(view: View) -> str:
-    if view.km2 is None:
-        share = view.pixels[[GLACIER, DEBRIS]].sum() / max(1, view.pixels[:IGNORE].sum())
-        return f"{share:.0%} glacier"
-    return f"{view.km2[[GLACIER, DEBRIS]].sum():,.1f} km² glacier"
-
-
-def draw_contact_sheet(thumbnails: Sequence[Thumbnail]) -> Figure:
+def draw_contact_sheet(views: Sequence[View]) -> Figure:
     """Draw composites with outlines, each above its mask, up to six a line."""
-    lines = -(-len(thumbnails) // TILES_A_LINE)
-    columns = -(-len(thumbnails) // lines)
+    lines = -(-len(views) // TILES_A_LINE)
+    columns = -(-len(views) // lines)
     figure = Figure(figsize=(max(2.7 * columns, 5.5), 5.7 * lines + 0.7), layout="constrained")
     axes = figure.subplots(2 * lines, columns, squeeze=False)
     for axis in axes.ravel():
         axis.set_axis_off()
-    for index, (view, area) in enumerate(thumbnails):
+    for index, view in enumerate(views):
         line, column = divmod(index, columns)
-        upper, lower = axes[2 * line, column], axes[2 * line + 1, column]
-        upper.imshow(false_colour(view.image))
-        draw_outlines(upper, view.classes, valid_mask(view.image), width=0.6)
-        upper.set_title(view.tile_id, fontsize=10)
-        _draw_mask(lower, view)
-        lower.set_title(area, fontsize=9)
-    add_legend(figure, SHOWN_CODES)
+        upper = _show(axes[2 * line, column], view.tile_id, false_colour(view.image))
+        draw_outlines(upper, view.codes, width=0.6)
+        area = f"glacier {view.area(GLACIER, DEBRIS)}"
+        _show(axes[2 * line + 1, column], area, paint_codes(view.codes)).title.set_fontsize(9)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.suptitle("SWIR-1, red, green with outlines; mask and area of glacier of either kind", fontsize=10)
     return figure
 
 
-def write_contact_sheets(thumbnails: Sequence[Thumbnail], out: Path) -> list[Path]:
-    """Write contact sheets of up to TILES_A_SHEET tiles: `out`, and numbered ones beside it for the rest."""
-    starts = range(0, len(thumbnails), TILES_A_SHEET)
-    parts = [thumbnails[start : start + TILES_A_SHEET] for start in starts]
-    paths = [out if not number else out.with_stem(f"{out.stem}_{number + 1}") for number in range(len(parts))]
-    for part, path in zip(parts, paths):
-        save_figure(draw_contact_sheet(part), path)
-    return paths
-
-
 def write_quicklooks(
-    data: Path, out: Path, masks: Optional[Path] = None, weights: Optional[Path] = None
+    data: Path,
+    out: Path,
+    masks: Optional[Path] = None,
+    weights: Optional[Path] = None,
+    labels: Optional[Path] = None,
 ) -> list[Path]:
     """Write pictures of all tiles of a folder and return their files.
 
     Args:
         data: Band1 ... Band5.
-        out: a folder, for one picture a tile (<tile id>.png) and contact sheets; or a PNG file, for the
-            contact sheet alone.
+        out: a folder, for one picture a tile (<tile id>.png) and contact sheets of TILES_A_SHEET tiles; or a PNG
+            file, for the contact sheets alone.
         masks: folder of masks; None to make them with the weights.
         weights: model file, for masks that are not given and for maps of confidence; None for neither.
+        labels: folder of label files, or with label folders in it, to draw beside the masks; None for none.
 
     Raises:
         InputError: no tiles, neither masks nor weights, a mask is missing, or the weights are damaged.
     """
-    tiles = find_tiles(data)
-    model = _open_model(weights) if weights else None
+    tiles, known = find_tiles(data), read_label_set(labels, None) if labels else None
+    if weights:
+        prepare_torch(usable_cores())
+    model = load_model(weights) if weights else None
     only_sheet = out.suffix.lower() == ".png"
-    written, thumbnails = [], []
-    for view in _views(tiles, masks, model):
+    sheet, written, thumbnails = out if only_sheet else out / "contact_sheet.png", [], []
+    for tile in tqdm(tiles, desc="pictures", unit="tile", disable=None):
+        view = open_view(tile, masks, model, known)
         if not only_sheet:
             written.append(save_figure(draw_quicklook(view), out / f"{view.tile_id}.png"))
         thumbnails.append(make_thumbnail(view))
-    return [*written, *write_contact_sheets(thumbnails, out if only_sheet else out / f"{SHEET}.png")]
-
-
-def _open_model(weights: Path) -> Model:
-    prepare_torch(usable_cores())
-    return load_model(weights)
-
-
-def _views(tiles: Sequence[TileFiles], masks: Optional[Path], model: Optional[Model]) -> Iterable[View]:
-    for tile in tqdm(tiles, desc="pictures", unit="tile", disable=None):
-        yield open_view(tile, masks, model)
+    for number, start in enumerate(range(0, len(thumbnails), TILES_A_SHEET), 1):
+        path = sheet if number == 1 else sheet.with_stem(f"{sheet.stem}_{number}")
+        written.append(save_figure(draw_contact_sheet(thumbnails[start : start + TILES_A_SHEET]), path))
+    return written

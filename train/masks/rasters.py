@@ -18,14 +18,12 @@ from prep.files import write_text
 from train.masks.georeference import CACHE, Georeference
 from train.masks.pictures import CODE_COLOURS
 
-Colour = tuple[int, int, int, int]
-
 
 class Layout(NamedTuple):
     """What a raster of bytes is: names of its bands, and what its values mean.
 
     `values` {stored value: (code of CODE_COLOURS, name)} gives a colour table. `scale` times a stored value
-    is the quantity.
+    is the quantity. `tags` are metadata of the file.
     """
 
     shape: tuple[int, int]
@@ -33,6 +31,7 @@ class Layout(NamedTuple):
     nodata: Optional[int] = None
     scale: float = 1.0
     values: Mapping[int, tuple[int, str]] = {}
+    tags: Mapping[str, str] = {}
 
 
 def write_raster(
@@ -70,10 +69,14 @@ def write_raster(
             **where,
         ) as raster:
             if layout.values:
-                raster.write_colormap(1, colour_table(layout.values))
+                colours = {value: CODE_COLOURS[code] for value, (code, _) in layout.values.items()}
+                raster.write_colormap(
+                    1, {value: (*bytes.fromhex(one[1:]), 255) for value, one in colours.items()}
+                )
                 raster.update_tags(
                     classes=", ".join(f"{value} {name}" for value, (_, name) in layout.values.items())
                 )
+            raster.update_tags(**layout.tags)
             raster.scales = (layout.scale,) * len(layout.bands)
             raster.descriptions = layout.bands
             for row, values in rows:
@@ -84,16 +87,6 @@ def write_raster(
     if layout.values:
         write_style(path.with_suffix(".qml"), layout.values)
     return path
-
-
-def colour_table(values: Mapping[int, tuple[int, str]]) -> dict[int, Colour]:
-    """Return {stored value: (red, green, blue, alpha)}, 0 to 255, of the colours that all pictures have."""
-    return {value: (*_parts(CODE_COLOURS[code]), 255) for value, (code, _) in values.items()}
-
-
-def _parts(colour: str) -> tuple[int, int, int]:
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return red, green, blue
 
 
 def write_style(path: Path, values: Mapping[int, tuple[int, str]]) -> None:

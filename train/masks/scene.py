@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Mapping, NamedTuple, Optional, Sequence
 
@@ -22,11 +23,11 @@ from solution import (
     InputError,
     TileFiles,
     find_tiles,
-    implausible_units,
+    judge_units,
     to_physical,
     warn,
 )
-from train.masks.georeference import CACHE, Georeference, georeference_of, open_raster
+from train.masks.georeference import CACHE, Georeference, describe, georeference_of, open_raster
 
 # Sensor and satellite, level, path and row, dates, collection and tier, as USGS names products and files.
 PRODUCT = re.compile(
@@ -37,6 +38,7 @@ TARS = (".tar", ".tar.gz", ".tgz")
 # Bits of QA_PIXEL (Landsat 8-9 Collection 2 Level 2 Science Product Guide, LSDS-1619). Cirrus is left: its
 # band sees high mountains too.
 FILL, CLOUDS = 1 << 0, 1 << 1 | 1 << 3 | 1 << 4  # dilated cloud, cloud, cloud shadow
+METADATA = ("LANDSAT_PRODUCT_ID", "DATE_ACQUIRED", "SUN_ELEVATION", "SUN_AZIMUTH")  # of MTL, degrees
 LARGEST_NUMBER = 65455  # of a reflectance; beyond it the sensor or the correction was saturated
 PROBE = 512  # px, side of the picture from which units are judged
 EXPECTED = (
@@ -48,7 +50,8 @@ EXPECTED = (
 class Scene(NamedTuple):
     """What a map is made of: where the bands are, how large they are and where they lie.
 
-    `bands` are five names that GDAL opens, in the order of BANDS; `quality` is QA_PIXEL, if there is one.
+    `bands` are five names that GDAL opens, in the order of BANDS; `quality` is QA_PIXEL, if there is one; `about`
+    is what MTL says of METADATA.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Scene(NamedTuple):
     quality: Optional[str]
     shape: tuple[int, int]
     place: Optional[Georeference]
+    about: Mapping[str, str] = {}
 
 
 # --- Finding --------------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ def _list_tar(path: Path) -> dict[str, str]:
             members = archive.getnames()
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"{path}: cannot be read as a tar ({error}); download it again") from error
-    return {Path(member).name: f"/vsitar/{path.resolve()}/{member}" for member in members}
+    return {Path(name).name: f"/vsitar/{path.resolve()}/{name.removeprefix('./')}" for name in members}
 
 
 def _list_folder(folder: Path) -> dict[str, str]:
@@ -134,7 +138,20 @@ def _open_product(name: str, parts: Mapping[str, str], source: Path) -> Scene:
         )
     if "QA_PIXEL" not in parts:
         warn(f"{source}: {name} has no QA_PIXEL: clouds stay in the map")
-    return open_scene(name, [parts[band] for band in BAND_NAMES], parts.get("QA_PIXEL"))
+    scene = open_scene(name, [parts[band] for band in BAND_NAMES], parts.get("QA_PIXEL"))
+    return scene._replace(about=_read_metadata(parts["MTL"], source) if "MTL" in parts else {})
+
+
+def _read_metadata(opened: str, source: Path) -> dict[str, str]:
+    """Return what a product's MTL says of METADATA; of a key that comes again, as in a Level-2 product, the first."""
+    if source.is_dir():
+        content = Path(opened).read_bytes()
+    else:
+        with tarfile.open(source) as archive:
+            member = next(one for one in archive if Path(one.name).name == Path(opened).name)
+            content = (archive.extractfile(member) or BytesIO()).read()
+    said = dict(reversed(re.findall(r'(\w+) = "?([^"\r\n]+)', content.decode(errors="replace"))))
+    return {key: said[key] for key in METADATA if key in said}
 
 
 def tile_scene(tile: TileFiles) -> Scene:
@@ -168,7 +185,7 @@ def open_scene(name: str, bands: Sequence[str], quality: Optional[str] = None) -
                 or raster.shape != grids[0][0]
             ):
                 raise InputError(
-                    f"{path}: {_describe(*grids[-1])}, expected {_describe(*grids[0])} as in {bands[0]}; "
+                    f"{path}: {describe(*grids[-1])}, expected {describe(*grids[0])} as in {bands[0]}; "
                     "resample it to that grid (gdalwarp)"
                 )
     shape, place = next((grid for grid in grids if grid[1]), grids[0])
@@ -181,15 +198,6 @@ def open_scene(name: str, bands: Sequence[str], quality: Optional[str] = None) -
             f"{bands[0]}: is rotated or south up, expected north up; turn all bands with gdalwarp"
         )
     return Scene(name, tuple(bands), quality, shape, place)
-
-
-def _describe(shape: tuple[int, int], place: Optional[Georeference]) -> str:
-    corner = (
-        f", {place.crs.to_string()[:40]}, corner {place.transform.c:,.0f} / {place.transform.f:,.0f}"
-        if place
-        else ""
-    )
-    return f"{shape[1]} x {shape[0]} px{corner}"
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -238,14 +246,15 @@ def check_units(scene: Scene) -> None:
     """Raise InputError where the values of a scene cannot be Level-2 numbers; it says what they look like."""
     shape = (min(PROBE, scene.shape[0]), min(PROBE, scene.shape[1]))
     sample = np.stack([measured(_read(path, None, shape)) for path in scene.bands], axis=-1)
-    doubt = implausible_units(
-        np.stack([to_physical(sample[..., i], band) for i, band in enumerate(BANDS)], -1)
-    )
+    doubt = ", ".join(one.name for one in judge_units(sample) if one)
     empty = [path for index, path in enumerate(scene.bands) if np.isnan(sample[..., index]).all()]
     if empty:
         raise InputError(f"{empty[0]}: no value in it; give a band with measurements")
     if doubt:
-        raise InputError(f"{scene.bands[-1]} and the bands beside it: {doubt}")
+        raise InputError(
+            f"{scene.bands[-1]} and the bands beside it look like {doubt}, expected Level-2 numbers (about 7000 to "
+            "65535); order the scene as Collection 2 Level-2"
+        )
 
 
 def saturated(image: np.ndarray) -> int:

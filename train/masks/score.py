@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
+import pandas
 
 from prep import label_files
-from prep.files import write_json
 from prep.label_files import LabelFile, Labels
 from prep.labels import GLACIER_OR_DEBRIS, IGNORE
 from prep.store import name_some
-from prep.text import number_text
+from prep.text import NONE
 from solution import CLASS_NAMES, InputError, TileError, TileFiles, find_tiles, read_tile, valid_mask, warn
 from train.masks.files import EXTENT, MEANING, Masks, raise_problems, read_classes, survey_masks
+from train.masks.georeference import describe
 from train.objective import (
     BINARY_NAMES,
     GLACIER_CODES,
@@ -41,8 +42,8 @@ class Pair(NamedTuple):
 
 
 class PairCounts(NamedTuple):
-    """Counts of one tile: over all pixels, over those with data (None where the bands are not known), and
-    the pixels without data that the mask gives a class."""
+    """Counts of one tile, over all pixels and over those with data, and the pixels without data that the mask gives
+    a class; None where the bands are not known."""
 
     everywhere: TileCounts
     valid: Optional[TileCounts]
@@ -84,10 +85,27 @@ def score_masks(
     """
     masks = survey_masks(pred, values)
     known = read_label_set(labels, phase)
-    bands = {tile.tile_id: tile for tile in find_tiles(data)} if data else {}
-    pairs = match(masks, known, bands if data else None, tiles)
-    counted = {identifier: count_pair(pair, masks.values) for identifier, pair in sorted(pairs.items())}
-    return summarise(counted, pairs, {"pred": str(pred), "labels": str(labels), "values": masks.values})
+    bands = {tile.tile_id: tile for tile in find_tiles(data)} if data else None
+    pairs = dict(sorted(match(masks, known, bands, tiles).items()))
+    counted = {tile: count_pair(pair, masks.values) for tile, pair in pairs.items()}
+    everywhere = [counts.everywhere for counts in counted.values()]
+    valid = [counts.valid for counts in counted.values() if counts.valid]
+    by_tile = {tile: _tile_entry(counts, pairs[tile]) for tile, counts in counted.items()}
+    phase2 = [tile for tile in everywhere if tile.labels == "phase2"]
+    return {
+        "pred": str(pred),
+        "labels": str(labels),
+        "values": masks.values,
+        "tiles": len(counted),
+        "all_pixels": score_tiles(everywhere)["all_pixels"],
+        "valid_pixels": score_tiles(valid)["valid_pixels"] if valid else None,
+        "mean_of_tiles": {task: _mean_mcc(by_tile, task) for task in TASKS},
+        "confusion": {
+            "four_class": four_class(pool(phase2)).tolist() if phase2 else None,
+            "binary": binary(pool(everywhere)).tolist(),
+        },
+        "by_tile": by_tile,
+    }
 
 
 def read_label_set(folder: Path, phase: Optional[str]) -> Labels:
@@ -114,32 +132,9 @@ def match(
     Raises:
         InputError: a label without a mask, a size that differs, a tile asked for that has no label.
     """
-    wanted = list(tiles) or sorted(labels.files)
-    problems = _unmatched(masks, labels, wanted)
-    unknown = sorted(set(masks.files) - set(labels.files))
-    if unknown and not problems:
-        warn(f"{len(unknown)} masks have no label and are not scored: {name_some(unknown)}")
-    both = [tile for tile in wanted if tile in labels.files and tile in masks.files]
-    pairs = {
-        tile: Pair(labels.files[tile], labels.phases[tile], masks.files[tile], (bands or {}).get(tile))
-        for tile in both
-    }
-    problems += [fault for pair in pairs.values() if (fault := _size_fault(pair))]
-    problems += [
-        f"tile {tile}: not among the bands given, which tell where data are missing; add it, or leave "
-        "--data out"
-        for tile in both
-        if bands is not None and tile not in bands
-    ]
-    raise_problems(problems)
-    return pairs
-
-
-def _unmatched(masks: Masks, labels: Labels, wanted: Sequence[str]) -> list[str]:
-    """Return one message for all labels without a mask, and one for all tiles without a label."""
+    wanted, problems = list(tiles) or sorted(labels.files), []
     no_label = [tile for tile in wanted if tile not in labels.files]
     no_mask = [tile for tile in wanted if tile in labels.files and tile not in masks.files]
-    problems = []
     if no_label:
         there = name_some(sorted(labels.files))
         problems.append(f"no label of {name_some(no_label)}; there are labels of {there}")
@@ -150,14 +145,22 @@ def _unmatched(masks: Masks, labels: Labels, wanted: Sequence[str]) -> list[str]
             f"label, found masks of {name_some(sorted(masks.files))}; write the missing ones, rename those "
             "found so that they end in the tile id, or score some tiles only with --tiles"
         )
-    return problems
-
-
-def _size_fault(pair: Pair) -> Optional[str]:
-    if pair.mask.shape == pair.label.shape:
-        return None
-    found, expected = (f"{shape[1]} x {shape[0]} px" for shape in (pair.mask.shape, pair.label.shape))
-    return f"{pair.mask.path}: {found}, expected {expected} as in {pair.label.path}; write it at that size"
+    unknown = sorted(set(masks.files) - set(labels.files))
+    if unknown and not problems:
+        warn(f"{len(unknown)} masks have no label and are not scored: {name_some(unknown)}")
+    pairs = {}
+    for tile in set(wanted) - set(no_label) - set(no_mask):
+        label, mask = labels.files[tile], masks.files[tile]
+        pairs[tile] = Pair(label, labels.phases[tile], mask, bands.get(tile) if bands else None)
+        if mask.shape != label.shape:
+            found, expected = describe(mask.shape), describe(label.shape)
+            problems.append(
+                f"{mask.path}: {found}, expected {expected} as in {label.path}; write it at that size"
+            )
+        if bands is not None and tile not in bands:
+            problems.append(f"tile {tile}: not among the bands given; add it, or leave --data out")
+    raise_problems(sorted(problems))
+    return pairs
 
 
 def count_pair(pair: Pair, values: str) -> PairCounts:
@@ -166,59 +169,24 @@ def count_pair(pair: Pair, values: str) -> PairCounts:
     Where the mask knows an extent only, the label's classes are reduced to it.
     """
     codes = label_files.to_codes(label_files.read_label(pair.label.path), pair.phase)
-    predicted = read_classes(pair.mask, values)
-    phase = pair.phase
+    predicted, phase, tile = read_classes(pair.mask, values), pair.phase, pair.label.tile_id
     if values == EXTENT:
-        codes, phase = reduce_to_extent(codes), "phase1"
-    identifier = pair.label.tile_id
-    everywhere = count_tile(identifier, 0, phase, codes, predicted)
+        phase, glacier = "phase1", np.isin(codes, GLACIER_CODES)
+        codes = np.where(glacier, GLACIER_OR_DEBRIS, OTHER).astype(np.uint8)
+    everywhere = count_tile(tile, 0, phase, codes, predicted)
     if pair.bands is None:
         return PairCounts(everywhere, None, 0)
-    nodata = ~_valid_pixels(pair)
-    marked = int(np.count_nonzero(predicted[nodata]))
-    valid = count_tile(identifier, 0, phase, np.where(nodata, IGNORE, codes).astype(np.uint8), predicted)
-    return PairCounts(everywhere, valid, marked)
-
-
-def reduce_to_extent(codes: np.ndarray) -> np.ndarray:
-    """Return label codes (H, W) as glacier of either kind or other, uint8."""
-    return np.where(np.isin(codes, GLACIER_CODES), GLACIER_OR_DEBRIS, OTHER).astype(np.uint8)
-
-
-def _valid_pixels(pair: Pair) -> np.ndarray:
-    """Return (H, W) bool: where any of the tile's bands has a value."""
-    assert pair.bands is not None
     try:
-        valid = valid_mask(read_tile(pair.bands))
+        nodata = ~valid_mask(read_tile(pair.bands))
     except TileError as error:
         raise InputError(str(error)) from error
-    if valid.shape != pair.label.shape:
+    if nodata.shape != codes.shape:
+        found, expected = describe(nodata.shape), describe(codes.shape)
         raise InputError(
-            f"tile {pair.label.tile_id}: bands of {valid.shape[1]} x {valid.shape[0]} px, expected "
-            f"{pair.label.shape[1]} x {pair.label.shape[0]} px as in {pair.label.path}; give the bands of "
-            "the labels"
+            f"{pair.bands.name}: {found}, expected {expected} as in {pair.label.path}; give its bands"
         )
-    return valid
-
-
-def summarise(counted: dict[str, PairCounts], pairs: dict[str, Pair], about: dict) -> dict:
-    """Return what `score_masks` returns."""
-    everywhere = [counts.everywhere for counts in counted.values()]
-    valid = [counts.valid for counts in counted.values() if counts.valid]
-    by_tile = {tile: _tile_entry(counts, pairs[tile]) for tile, counts in counted.items()}
-    phase2 = [tile for tile in everywhere if tile.labels == "phase2"]
-    return {
-        **about,
-        "tiles": len(counted),
-        "all_pixels": score_tiles(everywhere)["all_pixels"],
-        "valid_pixels": score_tiles(valid)["valid_pixels"] if valid else None,
-        "mean_of_tiles": {task: _mean_mcc(by_tile, task) for task in TASKS},
-        "confusion": {
-            "four_class": four_class(pool(phase2)).tolist() if phase2 else None,
-            "binary": binary(pool(everywhere)).tolist(),
-        },
-        "by_tile": by_tile,
-    }
+    valid = count_tile(tile, 0, phase, np.where(nodata, IGNORE, codes).astype(np.uint8), predicted)
+    return PairCounts(everywhere, valid, int(np.count_nonzero(predicted[nodata])))
 
 
 def _tile_entry(counts: PairCounts, pair: Pair) -> dict:
@@ -244,9 +212,12 @@ def _mean_mcc(by_tile: dict, task: str) -> Optional[float]:
 
 def format_scores(scores: dict) -> str:
     """Return the scores as text for a terminal: MCC, classes, confusion, tiles."""
-    sections = [_head(scores), _mcc_table(scores), _class_table(scores)]
-    sections += [_confusion_table(scores, task) for task in TASKS if scores["confusion"][task]]
-    return "\n\n".join([*sections, _tile_table(scores)])
+    tables = [_mcc_table(scores), _class_table(scores)]
+    tables += [_confusion_table(scores, task) for task in TASKS if scores["confusion"][task]]
+    tables.append(_tile_table(scores))
+    return "\n\n".join(
+        [_head(scores), *[t.to_string(float_format="{:.4f}".format, na_rep=NONE) for t in tables]]
+    )
 
 
 def _head(scores: dict) -> str:
@@ -259,61 +230,44 @@ def _head(scores: dict) -> str:
     return "\n".join(lines)
 
 
-def _mcc_table(scores: dict) -> str:
-    head = ["MCC", "all pixels", "mean of tiles", "tiles"]
-    head += ["pixels with data"] if scores["valid_pixels"] else []
-    rows = []
+def _mcc_table(scores: dict) -> pandas.DataFrame:
+    rows = {}
     for task in TASKS:
-        if not scores["all_pixels"][task]:
-            continue
-        having = sum(bool(entry["all_pixels"][task]) for entry in scores["by_tile"].values())
-        row = [TASK_NAMES[task], number_text(scores["all_pixels"][task]["mcc"], 4)]
-        row += [number_text(scores["mean_of_tiles"][task], 4), str(having)]
-        row += [number_text(scores["valid_pixels"][task]["mcc"], 4)] if scores["valid_pixels"] else []
-        rows.append(row)
-    return text_table(head, rows)
+        if scores["all_pixels"][task]:
+            rows[TASK_NAMES[task]] = {
+                "MCC, all pixels": scores["all_pixels"][task]["mcc"],
+                "mean of tiles": scores["mean_of_tiles"][task],
+                "tiles": sum(bool(entry["all_pixels"][task]) for entry in scores["by_tile"].values()),
+            }
+            if scores["valid_pixels"]:
+                rows[TASK_NAMES[task]]["pixels with data"] = scores["valid_pixels"][task]["mcc"]
+    return pandas.DataFrame.from_dict(rows, orient="index")
 
 
-def _class_table(scores: dict) -> str:
-    pooled, rows = scores["all_pixels"], []
-    for task, names in (("four_class", CLASS_NAMES), ("binary", BINARY_NAMES[1:])):
-        for name in names if pooled[task] else ():
-            label = "glacier of either kind" if task == "binary" else name
-            rows.append(
-                [label, *[number_text(pooled[task][key][name], 3) for key in ("iou", "precision", "recall")]]
-            )
-    return text_table(["class, all pixels", "IoU", "precision", "recall"], rows)
+def _class_table(scores: dict) -> pandas.DataFrame:
+    four, extent = (scores["all_pixels"][task] for task in TASKS)
+    keys, kind = {"iou": "IoU", "precision": "precision", "recall": "recall"}, "glacier of either kind"
+    rows = {name: {text: four[key][name] for key, text in keys.items()} for name in CLASS_NAMES if four}
+    rows[kind] = {text: extent[key][BINARY_NAMES[1]] for key, text in keys.items()}
+    return pandas.DataFrame.from_dict(rows, orient="index", dtype=float)
 
 
-def _confusion_table(scores: dict, task: str) -> str:
+def _confusion_table(scores: dict, task: str) -> pandas.DataFrame:
     names = CLASS_NAMES if task == "four_class" else ("rest", "glacier")
-    rows = [[name, *[f"{n:,}" for n in row]] for name, row in zip(names, scores["confusion"][task])]
-    return text_table([f"{TASK_NAMES[task]}: label \\ mask, px", *names], rows)
+    counts = pandas.DataFrame(scores["confusion"][task], index=names, columns=names).map("{:,}".format)
+    return counts.rename_axis(columns=f"{TASK_NAMES[task]}: label \\ mask, px")
 
 
-def _tile_table(scores: dict) -> str:
-    head = ["tile", "labels", "MCC four classes", "MCC extent", "IoU extent", "glacier in label", "in mask"]
-    rows = []
+def _tile_table(scores: dict) -> pandas.DataFrame:
+    rows = {}
     for tile, entry in scores["by_tile"].items():
-        pooled = entry["all_pixels"]
-        four = number_text(pooled["four_class"]["mcc"], 3) if pooled["four_class"] else ""
-        extent = [pooled["binary"]["mcc"], pooled["binary"]["iou"][BINARY_NAMES[1]]]
-        shares = [f"{entry[key]:.1%}" for key in ("share_labelled", "share_masked")]
-        rows.append([tile, entry["labels"], four, *[number_text(value, 3) for value in extent], *shares])
-    return text_table(head, rows)
-
-
-def write_scores(scores: dict, path: Path) -> None:
-    """Write all figures as JSON."""
-    write_json(path, scores)
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows below a head as text: the first column to the left, the others to the right."""
-    table = [list(head), *map(list, rows)]
-    widths = [max(len(row[index]) for row in table) for index in range(len(head))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *[cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]])
-        for row in table
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        four, extent = (entry["all_pixels"][task] for task in TASKS)
+        rows[tile] = {
+            "labels": entry["labels"],
+            "MCC four classes": four["mcc"] if four else np.nan,
+            "MCC extent": extent["mcc"],
+            "IoU extent": extent["iou"][BINARY_NAMES[1]],
+            "glacier in label": f"{entry['share_labelled']:.1%}",
+            "in mask": f"{entry['share_masked']:.1%}",
+        }
+    return pandas.DataFrame.from_dict(rows, orient="index")

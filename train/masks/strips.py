@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def window_columns(scene: Scene) -> list[slice]:
 
 
 def predict_strips(
-    model: Model,
+    model: Optional[Model],
     scene: Scene,
     keep_clouds: bool = True,
     asked: Optional[np.ndarray] = None,
@@ -102,7 +102,7 @@ def predict_strips(
     enough, those of its one window.
 
     Args:
-        model: makes all its passes.
+        model: makes all its passes; None for strips without probabilities, all of class 0.
         scene: read by strips.
         keep_clouds: whether pixels under cloud are classified.
         asked: (H, W) bool, the area of interest; None for the whole scene.
@@ -125,7 +125,7 @@ def predict_strips(
 
 
 def _predict(
-    model: Model,
+    model: Optional[Model],
     scene: Scene,
     edges: tuple[int, int],
     above: np.ndarray,
@@ -140,11 +140,13 @@ def _predict(
     wanted = np.ones(image.shape[:2], bool) if asked is None else asked[top : top + len(image)]
     sums = np.zeros((len(CLASS_NAMES), *image.shape[:2]), np.float32)
     sums[:, : above.shape[1]] = above
-    columns = [part for part in window_columns(scene) if wanted[:, part].any()]
+    columns = [part for part in window_columns(scene) if model and wanted[:, part].any()]
     progress(len(window_columns(scene)) - len(columns))
-    found = side_by_side(
-        lambda part: predict_window(model, image[:, part]).probs, columns, most_workers(model)
-    )
+    found: Iterable[np.ndarray] = ()
+    if model:
+        found = side_by_side(
+            lambda part: predict_window(model, image[:, part])[0], columns, most_workers(model)
+        )
     for part, probs in zip(columns, found):
         sums[:, :, part] += probs if whole else probs * blend_weights(*probs.shape[1:])
         progress(1)

@@ -142,7 +142,7 @@ def test_nothing_is_written_over_masks_nor_for_a_mask_of_the_wrong_size(sample, 
         export.export_masks(masks, data, data / "Band1")
     for tile in ("01_01", "01_02"):
         cv2.imwrite(str(tmp_path / f"{tile}.png"), np.zeros((5, 6), np.uint8))
-    with pytest.raises(InputError, match="tile 01_01 has 6 x 5 px, expected 64 x 64 px"):
+    with pytest.raises(InputError, match="01_01.png: 6 x 5 px, expected 64 x 64 px"):
         export.export_masks(tmp_path, data, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 

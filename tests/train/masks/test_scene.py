@@ -1,5 +1,6 @@
 """Scenes: what is taken, what is refused and with which advice, and values as solution.py reads them."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from masks_helpers import textured_numbers
 from support import write_tile
 
 import solution
-from train.masks.scene import check_units, find_scenes, open_scene, read_rows
+from train.masks.scene import BAND_NAMES, check_units, find_scenes, open_scene, read_rows
 
 UTM = Affine(30, 0, 500000, 0, -30, 3700000)
 
@@ -57,7 +58,7 @@ def test_bands_on_different_grids_are_refused(tmp_path):
     paths = [write(tmp_path / f"{n}.tif", np.full((20, 20), 9000, np.uint16)) for n in range(4)]
     moved = UTM @ Affine.translation(5, 0)
     shifted = write(tmp_path / "4.tif", np.full((20, 20), 9000, np.uint16), moved)
-    with pytest.raises(solution.InputError, match="4.tif: 20 x 20 px, EPSG:32643, corner 500,150"):
+    with pytest.raises(solution.InputError, match="4.tif: 20 x 20 px of 30 m, EPSG:32643, corner 500,150"):
         open_scene("x", [*paths, shifted])
     smaller = write(tmp_path / "4.tif", np.full((20, 19), 9000, np.uint16))
     with pytest.raises(solution.InputError, match="19 x 20 px"):
@@ -85,6 +86,28 @@ def test_other_units_are_told(tmp_path, bands, thermal, looks):
     ]
     with pytest.raises(solution.InputError, match=looks):
         check_units(open_scene("x", paths))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_metadata_of_a_product_are_read_from_folder_and_tar(tmp_path, packed):
+    product = "LC08_L2SP_147037_20200914_20200919_02_T1"
+    folder = tmp_path / product
+    for name in (*BAND_NAMES, "QA_PIXEL"):
+        write(folder / f"{product}_{name}.TIF", np.full((9, 9), 9000, np.uint16))
+    text = f"""  LANDSAT_PRODUCT_ID = "{product}"\r\n  DATE_ACQUIRED = 2020-09-14\r\n  SUN_ELEVATION = 52.75
+    LANDSAT_PRODUCT_ID = "LC08_L1TP_147037_20200914_20200919_02_T1"\nEND"""
+    (folder / f"{product}_MTL.txt").write_text(text, newline="")
+    source = folder
+    if packed:
+        source = tmp_path / f"{product}.tar"
+        with tarfile.open(source, "w") as archive:
+            archive.add(folder, ".")
+    (scene,) = find_scenes(source)
+    assert scene.about == {
+        "LANDSAT_PRODUCT_ID": product,
+        "DATE_ACQUIRED": "2020-09-14",
+        "SUN_ELEVATION": "52.75",
+    }
 
 
 def test_a_mask_beside_the_values_is_nodata(tmp_path):
