@@ -23,11 +23,6 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. optim.lr=3e-4")
 
 
-def read_recipe(arguments: argparse.Namespace) -> Config:
-    """Return the recipe that the arguments name, changed by their overrides."""
-    return load_config(arguments.recipe, arguments.overrides)
-
-
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fit`."""
     add_recipe_arguments(parser)
@@ -48,7 +43,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
     from train.hardware import is_first_process
     from train.side_by_side import fit_jobs, jobs_of, require_possible
 
-    config = read_recipe(arguments)
+    config = load_config(arguments.recipe, arguments.overrides)
     jobs = jobs_of(config, arguments.run, arguments.folds, arguments.member)
     require_possible(jobs, arguments.jobs)
     if (unlearned := describe_unlearned(TileStore(config.data.store))) and is_first_process(config):
@@ -61,9 +56,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_score_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `score`."""
-    add_recipe_arguments(parser)
+add_score_arguments = add_recipe_arguments
 
 
 def run_score(arguments: argparse.Namespace) -> int:
@@ -71,7 +64,7 @@ def run_score(arguments: argparse.Namespace) -> int:
     from train.predict import predict_run
     from train.report.scores import score_run
 
-    config = read_recipe(arguments)
+    config = load_config(arguments.recipe, arguments.overrides)
     store = TileStore(config.data.store)
     predict_run(arguments.run, config, store)
     print_scores(arguments.run, score_run(arguments.run, store))
@@ -94,7 +87,7 @@ def run_ensemble(arguments: argparse.Namespace) -> int:
     """Measure what each member, view and step after the networks is worth, out of fold."""
     from train.ensemble import Evidence, measure, table, write_report
 
-    config = read_recipe(arguments)
+    config = load_config(arguments.recipe, arguments.overrides)
     rows = measure(Evidence(arguments.run, config))
     command = "python -m train " + shlex.join(sys.argv[1:])
     about = f"{len(rows[0].counts)} tiles, {config.data.scheme} folds, recipe {arguments.recipe}."
@@ -129,7 +122,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
 
     if arguments.time_budget is not None:
         arguments.overrides.append(f"pack.time_budget={arguments.time_budget}")
-    config = read_recipe(arguments)
+    config = load_config(arguments.recipe, arguments.overrides)
     command = make_command(arguments, config)
     card = pack(arguments.run, config, arguments.out, command)
     print(f"{arguments.out} and {card} written")

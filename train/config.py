@@ -362,7 +362,6 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "pack.max_mb": (0, ANY, "()"),
 }
 CHOICES = {
-    "data.scheme": None,  # the store knows its schemes
     "optim.schedule": ("cosine", "plateau"),
     "train.keep": ("best", "last"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
@@ -382,7 +381,7 @@ def check_config(config: Config) -> None:
         )
         _require(inside, key, value, _spell_range(least, most, ends))
     for key, allowed in CHOICES.items():
-        _require(allowed is None or flat[key] in allowed, key, flat[key], " or ".join(allowed or ()))
+        _require(flat[key] in allowed, key, flat[key], " or ".join(allowed))
     data, model, trainer = config.data, config.model, config.trainer
     scale = config.augment.scale
     _require(

@@ -63,7 +63,7 @@ def describe_unlearned(store: TileStore) -> str:
     return f"{told} around them, and they count as rest (docs/data-and-labels.md)" if lakes else ""
 
 
-class Tiles:
+class Tiles(Dataset):
     """Tiles of a store, normalised, in a given order; each is read when it is first asked for."""
 
     def __init__(self, store: TileStore, tile_ids: Sequence[str], normalization: dict) -> None:
@@ -207,23 +207,11 @@ class EpochSampler(Sampler):
         return self.length // self.processes
 
 
-class TileDataset(Dataset):
-    """Whole tiles, not augmented: image (5, H, W) float32 with nodata 0, codes (H, W) uint8."""
-
-    def __init__(self, tiles: Tiles) -> None:
-        """Serve `tiles` in their order."""
-        self.tiles = tiles
-
-    def __len__(self) -> int:
-        """Return the number of tiles."""
-        return len(self.tiles)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one tile."""
-        tile = self.tiles[index]
-        return torch.from_numpy(np.ascontiguousarray(tile.values.transpose(2, 0, 1))), torch.from_numpy(
-            tile.codes
-        )
+def whole_tile(tiles: Sequence[Tile]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch of one tile, not augmented: (1, 5, H, W) float32 with nodata 0, codes (1, H, W) uint8."""
+    (tile,) = tiles  # they may differ in size, so one at a time
+    values = np.ascontiguousarray(tile.values.transpose(2, 0, 1))
+    return torch.from_numpy(values)[None], torch.from_numpy(tile.codes)[None]
 
 
 class FoldData(NamedTuple):
@@ -267,5 +255,5 @@ def open_fold(
         num_workers=config.data.workers,
         persistent_workers=config.data.workers > 0,
     )
-    val_loader = DataLoader(TileDataset(shown), batch_size=1)  # tiles may differ in size, so one at a time
+    val_loader = DataLoader(shown, collate_fn=whole_tile)
     return FoldData(train_ids, val_ids, normalization, dataset, train_loader, val_loader)

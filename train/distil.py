@@ -26,8 +26,8 @@ from prep.text import plural
 from solution import BANDS, valid_mask
 from train import kind
 from train.augment import Tile
-from train.commands import add_recipe_arguments, read_recipe
-from train.config import Config, ConfigError
+from train.commands import add_recipe_arguments
+from train.config import Config, ConfigError, load_config
 from train.data import FoldData, Tiles, open_fold
 from train.fit import Method, first_normalization
 from train.module import SegmentationModule
@@ -164,7 +164,7 @@ def add_distil_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_distil(arguments: argparse.Namespace) -> int:
     """Train one network on the answers of others; `score` and `pack` then take its run as any other."""
-    config = read_recipe(arguments)
+    config = load_config(arguments.recipe, arguments.overrides)
     config.distil.teachers = arguments.teacher or config.distil.teachers
     fit_students(config, arguments.run, arguments.folds)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import signal
 import time
 import warnings
@@ -12,11 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
-import lightning
 import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
-import segmentation_models_pytorch as smp
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from tqdm import tqdm
@@ -25,7 +22,7 @@ from prep.files import write_text, write_whole
 from prep.labels import CODE_NAMES
 from prep.store import TileStore, name_some
 from solution import VIEWS, prepare_torch
-from train.config import Config, ConfigError, differing_keys, load_config, save_config, to_dict
+from train.config import Config, ConfigError, differing_keys, flatten, load_config, save_config, to_dict
 from train.data import SIDES, FoldData, open_fold
 from train.hardware import (
     held,
@@ -49,6 +46,7 @@ from train.run import (
     fold_folder,
     name_of,
     read_record,
+    versions,
 )
 
 
@@ -133,7 +131,12 @@ def finished_record(config: Config, fold: Fold, run_dir: Path) -> Optional[dict]
     if not (folder / FOLD_FILE).is_file():
         return None
     record = read_record(folder / FOLD_FILE)
-    require_same_tiles(config, record, folder)
+    found, now = record.get("fingerprint"), TileStore(config.data.store).fingerprint
+    if found != now:
+        raise RunError(
+            f"{folder}: was trained on data with fingerprint {found}, and {config.data.store} has {now} now. "
+            f"Name another run with --run, or remove {folder} to train it again."
+        )
     if is_first_process(config):
         say(f"{run_dir.name}, {name_of(fold)}: already finished, val_mcc {record['val_mcc']:.4f}")
     return record
@@ -184,14 +187,10 @@ def _run_lightning(
 
 def require_unscored(config: Config) -> None:
     """Raise ConfigError where a setting follows the score, which a network of all tiles has not."""
-    train, optim = config.train, config.optim
-    for key, value, expected, sensible in (
-        ("train.keep", train.keep, "last", train.keep == "last"),
-        ("train.early_stop", train.early_stop, "0", train.early_stop == 0),
-        ("optim.schedule", optim.schedule, "cosine", optim.schedule == "cosine"),
-    ):
-        if not sensible:
-            raise ConfigError(f"{key} is {value}, expected {expected} where no tile is held out")
+    found = flatten(to_dict(config))
+    for key, expected in (("train.keep", "last"), ("train.early_stop", 0), ("optim.schedule", "cosine")):
+        if found[key] != expected:
+            raise ConfigError(f"{key} is {found[key]}, expected {expected} where no tile is held out")
 
 
 def arch_of(config: Config) -> dict:
@@ -201,17 +200,15 @@ def arch_of(config: Config) -> dict:
 
 def first_normalization(config: Config) -> Optional[dict]:
     """Return the statistics that the first weights were trained with; None where they are random."""
-    if not config.model.pretrained:
-        return None
-    return read_pretrained(config.model.pretrained, arch_of(config))["normalization"]
+    first = config.model.pretrained
+    return read_pretrained(first, arch_of(config))["normalization"] if first else None
 
 
 def _early_stopping(config: Config) -> list[Callback]:
     patience = config.train.early_stop
-    if not patience:
-        return []
     # after validation, not at the end of the epoch: there the checkpoint to resume from is already written
-    return [EarlyStopping("val_mcc", mode="max", patience=patience, check_on_train_epoch_end=False)]
+    stop = EarlyStopping("val_mcc", mode="max", patience=patience, check_on_train_epoch_end=False)
+    return [stop] if patience else []
 
 
 @contextmanager
@@ -367,24 +364,6 @@ def require_same_config(config: Config, folder: Path) -> None:
             f"{folder} holds {started[0]} of a run that differs in {', '.join(keys)}. Name another folder "
             f"with --run, go back to the settings in {folder / CONFIG_FILE}, or remove {folder}."
         )
-
-
-def require_same_tiles(config: Config, record: dict, folder: Path) -> None:
-    """Raise RunError where a finished fold was trained on other tiles or labels than the store holds now."""
-    found, now = record.get("fingerprint"), TileStore(config.data.store).fingerprint
-    if found != now:
-        raise RunError(
-            f"{folder}: was trained on data with fingerprint {found}, and {config.data.store} has {now} now. "
-            f"Name another run with --run, or remove {folder} to train it again."
-        )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that the result depends on."""
-    modules = {"torch": torch, "lightning": lightning, "segmentation_models_pytorch": smp, "numpy": np}
-    return {"python": platform.python_version()} | {
-        name: str(module.__version__) for name, module in modules.items()
-    }
 
 
 def describe_fold(fold: Fold, data: FoldData) -> str:

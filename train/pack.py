@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
@@ -31,9 +29,7 @@ from train.networks import network_class
 from train.objective import code_names, score_intervals, score_tiles
 from train.predict import predict_run
 from train.report.scores import count_run
-from train.run import ALL, FOLD_FILE, KIND_FOLDER, RunError, fold_folder, read_fold, read_folds
-
-PREVIOUS = "{stem}.previous{suffix}"  # what an older weights file is kept as
+from train.run import ALL, FOLD_FILE, KIND_FOLDER, RunError, fold_folder, read_fold, read_folds, versions
 
 
 def to_half(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -165,7 +161,7 @@ def pack(run_dir: Path, config: Config, out: Path, command: str) -> Path:
             )
         load_model(partial)  # strictly, as the grader will
         if out.exists():
-            previous = out.with_name(PREVIOUS.format(stem=out.stem, suffix=out.suffix))
+            previous = out.with_name(f"{out.stem}.previous{out.suffix}")
             out.replace(previous)
             print(f"{out} was there; it is now {previous}")
         write_whole(out, lambda path: partial.replace(path))
@@ -188,11 +184,7 @@ def provenance(store: TileStore, command: str) -> dict[str, Any]:
         },
         "bands": {key: [float(value) for value in store.stats[key]] for key in ("mean", "std")},
         "command": command,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "smp": str(smp.__version__),
-        },
+        "versions": versions(),
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Collection, Union
 
@@ -68,6 +70,12 @@ def describe_seen(weights: Path, tiles: Collection[str]) -> str:
         if seen
         else ""
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that the weights depend on."""
+    modules = ("torch", "lightning", "segmentation_models_pytorch", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in modules}}
 
 
 def is_fresh(path: Path, checkpoint: Path) -> bool:

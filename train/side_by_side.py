@@ -25,7 +25,15 @@ from prep.text import plural
 from train import kind
 from train.config import Config, ConfigError, change_config, load_config, members_of, save_config
 from train.data import split_tiles
-from train.fit import FROM_LABELS, Method, finished_record, fit_fold, require_same_config, say
+from train.fit import (
+    FROM_LABELS,
+    Method,
+    finished_record,
+    fit_fold,
+    require_same_config,
+    require_unscored,
+    say,
+)
 from train.hardware import is_first_process, precision_of, threads_of, trainer_options, uses_gpu
 from train.run import ALL, FOLD_FILE, Fold, RunError, fold_folder, name_of, parse_folds, read_record
 
@@ -120,6 +128,8 @@ def require_possible(jobs: Sequence[Job], at_once: int) -> None:
         trainer_options(job.config)
         split_tiles(TileStore(job.config.data.store), job.config.data.scheme, job.fold)
         require_same_config(job.config, fold_folder(job.folder, job.fold))
+        if job.fold == ALL:
+            require_unscored(job.config)
 
 
 def describe_training(jobs: Sequence[Job], at_once: int) -> str:

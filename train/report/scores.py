@@ -71,7 +71,9 @@ def count_run(run_dir: str | os.PathLike, store: TileStore) -> list[TileCounts]:
             f"{run_dir / OOF_FOLDER}: no probabilities for {name_some(missing)}; expected all tiles of a fold. "
             f"Finish the folds that hold them out, then `python -m train score --run {run_dir}`."
         )
-    return count_tiles(store, tile_ids, lambda name: predicted_classes(run_dir, store, name), fold_of)
+    return count_tiles(
+        store, tile_ids, lambda tile: decide_classes(load_probabilities(run_dir, store, tile)), fold_of
+    )
 
 
 def find_scheme(run_dir: Path) -> str:
@@ -111,11 +113,6 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
 
 def _configs(run_dir: Path) -> list[Path]:
     return sorted(run_dir.rglob(f"fold*/{CONFIG_FILE}"))
-
-
-def predicted_classes(run_dir: Path, store: TileStore, tile_id: str) -> np.ndarray:
-    """Return the class decided for each pixel of a tile, (H, W) uint8; errors as of `load_probabilities`."""
-    return decide_classes(load_probabilities(run_dir, store, tile_id))
 
 
 def load_probabilities(run_dir: Path, store: TileStore, tile_id: str) -> np.ndarray:

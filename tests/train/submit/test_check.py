@@ -21,8 +21,7 @@ from train.submit.callers import (
     copy_submission,
     run_bare,
 )
-from train.submit.check import Machine, check_case, check_submission, judge_seconds
-from train.submit.limits import KNOWN_SECONDS
+from train.submit.check import KNOWN_SECONDS, Machine, check_case, check_submission, judge_seconds
 from train.submit.tiles import Outcome, judge_agreement, lay_out_case
 from train.submit.verdict import CheckResult, format_results
 
