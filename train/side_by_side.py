@@ -35,6 +35,7 @@ from train.fit import (
     say,
 )
 from train.hardware import is_first_process, precision_of, threads_of, trainer_options, uses_gpu
+from train.module import SegmentationModule
 from train.run import ALL, FOLD_FILE, Fold, RunError, fold_folder, name_of, parse_folds, read_record
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -113,7 +114,8 @@ def require_possible(jobs: Sequence[Job], at_once: int) -> None:
     """Raise what the first of these networks would end with, before any is trained.
 
     Raises:
-        ConfigError: fewer than one at once is asked for, each would need several devices, or they are not there.
+        ConfigError: fewer than one at once is asked for, each would need several devices, they are not there, or
+            the network cannot be built.
         train.data.DataError: the store has no such fold.
         RunError: a folder holds a run with other settings.
     """
@@ -130,6 +132,8 @@ def require_possible(jobs: Sequence[Job], at_once: int) -> None:
         require_same_config(job.config, fold_folder(job.folder, job.fold))
         if job.fold == ALL:
             require_unscored(job.config)
+    for config in {job.folder: job.config for job in jobs}.values():
+        SegmentationModule(config)  # can the network be built?
 
 
 def describe_training(jobs: Sequence[Job], at_once: int) -> str:
@@ -208,9 +212,11 @@ def _run(jobs: Sequence[Job], at_once: int, steps: Steps) -> list[Job]:
                     steps.show(job, steps_made(job))
                     continue
                 del running[slot]
-                steps.show(job, job.steps)
                 say(f"{job.name}: {'failed' if process.returncode else 'done'}")
-                failed += [job] * (process.returncode != 0)
+                if process.returncode:
+                    failed.append(job)
+                else:
+                    steps.show(job, job.steps)
             time.sleep(0.1)
     finally:
         _end([process for _, process in running.values()])

@@ -41,6 +41,8 @@ def test_networks_at_once_have_the_weights_of_one_after_the_other(store, smoke_r
         (["--jobs", "0"], "--jobs is 0, expected 1 or more"),
         (["--jobs", "2", "data.batch_size=4", "trainer.devices=2"], "each network would take 2 devices"),
         (["--jobs", "2", "--folds", "9", "--member", "north"], "has no fold 9; it has folds 0, 1"),
+        (["--jobs", "2", "--folds", "0,all", "train.keep=best"], "expected last where no tile is held out"),
+        (["--jobs", "2", "model.args.encoder_name=tu-nope"], "no Unet can be built: Unknown model (nope)"),
     ],
 )
 def test_what_cannot_run_side_by_side_is_refused(store, tmp_path, capsys, given, message):
