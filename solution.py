@@ -603,7 +603,7 @@ DEFAULT_SHAPE = (512, 512)  # of the mask for a tile of which no band can be rea
 MOST_PIXELS = 100_000_000  # of a raster, more than a whole Landsat scene; a small file can declare far more
 UNPACKERS: dict[int, Any] = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
 HARMLESS_BYTES = 2**16  # of a packed strip or tile, which unpacks to no more than about a thousand times that
-LARGEST_VALUE = 1e6  # stored values are below 65536; what is far above, or below 0, is some fill value
+LARGEST_VALUE = 1e6  # stored values are below 65536; what is far above is some fill value
 GDAL_NODATA_TAG = 42113
 # Fill values in use for signed rasters. In an int16 file that was cast from uint16 they may also be the
 # measurements 55537 and 32768, which are then lost: single pixels, against whole areas of fill.
@@ -716,8 +716,8 @@ def is_north_up(place: Place | None) -> bool:
 
 
 def read_raster(path: PathLike) -> tuple[np.ndarray, Place | None]:
-    """Return one band as stored, (H, W) float32, and where it lies. NaN is where nodata is: 0, below 0, the
-    declared nodata value, what GDAL's masks leave out, NaN, and numbers too large for a measurement.
+    """Return one band as stored, (H, W) float32, and where it lies. NaN is where nodata is: 0, the declared nodata
+    value, what GDAL's masks leave out, NaN, and numbers too small or too large for a measurement.
 
     Landsat values are unsigned: negative int16 values are those above 32767 of a file that was cast to int16.
     Raises TileError for what is no readable TIFF of one band of numbers.
@@ -731,9 +731,8 @@ def read_raster(path: PathLike) -> tuple[np.ndarray, Place | None]:
         raise TileError(f"{found}, expected one band (H, W) of numbers; split the bands into their own files")
     wrapped = pixels.dtype.kind == "i" and pixels.itemsize == 2
     nodata = (pixels == 0) | ~np.isfinite(pixels) | (pixels == declared)
-    nodata |= np.isin(pixels, SIGNED_FILL_VALUES) if wrapped else pixels < 0
-    if pixels.itemsize >= 4:
-        nodata |= pixels > LARGEST_VALUE
+    nodata |= np.isin(pixels, SIGNED_FILL_VALUES) if wrapped else pixels < -2000  # reflectance -0.2 x 10000
+    nodata |= pixels > LARGEST_VALUE
     for mask in masks:
         nodata |= mask.reshape(nodata.shape) == 0
     values = (pixels.astype(np.int16).view(np.uint16) if wrapped else pixels).astype(np.float32)
@@ -775,7 +774,7 @@ def judge_units(stored: np.ndarray) -> tuple[Scaling | None, Scaling | None]:
     """Return what bands 1 to 4 and the thermal band of a tile (H, W, 5) as stored look like; None for Level-2
     numbers, or where there is no value to judge by."""
     step = max(1, max(stored.shape[:2]) // 512)
-    *seen, heat = (band[~np.isnan(band)] for band in np.moveaxis(stored[::step, ::step], -1, 0))
+    *seen, heat = (band[band > 0] for band in np.moveaxis(stored[::step, ::step], -1, 0))
     seen, reflective, thermal = [band for band in seen if band.size], None, None
     if seen and min(np.median(band) for band in seen) < LEVEL_2_DARK:
         bright = max(np.percentile(band, 98) for band in seen)
@@ -796,6 +795,7 @@ def convert_units(stored: np.ndarray, units: str, source: str) -> None:
         one = judged[band is BANDS[-1]]
         own = band._replace(scale=one.scale, offset=0.0) if one and one.scale else band
         stored[..., index] = to_physical(stored[..., index], own)
+        stored[..., index][stored[..., index] < band.offset] = np.nan  # less than a Level-2 number can say
     for bands, one in zip(("Band1 to Band4 look", "the thermal band looks"), judged):
         if one:
             taken = "such (--units dn: as Level-2 numbers)" if one.scale else POOR

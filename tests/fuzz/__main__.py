@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from support import PROJECT, write_model
 
-from fuzz import determinism, hkh, kills, load, runs
+from fuzz import determinism, field, hkh, kills, load, runs
 
 
 def fuzz_inputs(options: argparse.Namespace, work: Path) -> list[str]:
@@ -34,6 +34,18 @@ def fuzz_inputs(options: argparse.Namespace, work: Path) -> list[str]:
         flush=True,
     )
     return found.faults + prepared.faults
+
+
+def fuzz_field(options: argparse.Namespace, work: Path) -> list[str]:
+    """Run tiles in other units, places, names, fills and consoles, each beside its plain twin."""
+    weights = write_model(work / "model.pth")
+    found = field.fuzz_field(options.seed, options.inputs // 5, weights, work, options.keep)
+    print(
+        f"field: {len(found.inputs)} distinct cases of {found.cases}, {found.masks} masks, {found.refused} "
+        f"refused, faults: {len(found.faults)}",
+        flush=True,
+    )
+    return found.faults
 
 
 def fuzz_scenes(options: argparse.Namespace, work: Path) -> list[str]:
@@ -109,6 +121,7 @@ CAMPAIGNS: dict[str, Callable[[argparse.Namespace, Path], list[str]]] = {
     "twice": run_twice,
     "load": run_many,
     "inputs": fuzz_inputs,
+    "field": fuzz_field,
     "hkh": fuzz_scenes,
     "determinism": compare_masks,
 }

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from fuzz import kills, load, rasters, runs
+from fuzz import field, kills, load, rasters, runs
 from support import PROJECT, contents, scene_numbers, write_model, write_tile
 
 import solution
@@ -73,6 +73,11 @@ def test_a_short_search_finds_nothing(tmp_path, weights):
     found = runs.fuzz_solution(7, 120, weights, tmp_path)
     assert found.faults == []
     assert len(found.inputs) >= 120 and found.masks > 20 and found.refused > 20
+
+
+def test_units_places_names_fills_and_consoles_give_the_twins_masks(weights, tmp_path):
+    found = field.fuzz_field(7, 24, weights, tmp_path)
+    assert found.faults == [] and found.masks and found.refused
 
 
 def test_a_short_search_through_prep_finds_nothing(tmp_path):

@@ -108,7 +108,9 @@ def test_folders_without_tiles_are_an_error_with_the_layout(tmp_path):
     with pytest.raises(solution.InputError, match="found pictures; expected a folder with Band1 ... Band5"):
         solution.find_tiles(tmp_path)
     (tmp_path / "Band1").mkdir()
-    with pytest.raises(solution.InputError, match="no TIFF in .*Band1; expected a folder with Band1 ... Band5"):
+    with pytest.raises(
+        solution.InputError, match="no TIFF in .*Band1; expected a folder with Band1 ... Band5"
+    ):
         solution.find_tiles(tmp_path)
     with pytest.raises(solution.InputError, match="expected a folder with Band1 ... Band5"):
         solution.find_tiles({"Band1": tmp_path / "absent"})
