@@ -97,7 +97,6 @@ BANDS = (
 )
 CLASS_NAMES = ("other", "glacier", "debris", "lake")
 CLASS_VALUES = (0, 85, 170, 255)
-GLACIER_GROUP = (1, 2)  # the extent: glacier of either kind, which every label tells
 
 
 # --- Units and normalisation ----------------------------------------------------------------------
@@ -366,9 +365,8 @@ def predict_scene(model: Model, image: np.ndarray, until: float = math.inf) -> P
 
     Each gets an equal part of the time left; one that is not begun in time is background, of no pass.
     """
-    height, width = image.shape[:2]
-    total = np.zeros((len(CLASS_NAMES), height, width), np.float32)
-    starts = [(top, left) for top in window_starts(height) for left in window_starts(width)]
+    total = np.zeros((len(CLASS_NAMES), *image.shape[:2]), np.float32)
+    starts = [(top, left) for top in window_starts(image.shape[0]) for left in window_starts(image.shape[1])]
     windows = [np.s_[top : top + WINDOW, left : left + WINDOW] for top, left in starts]
     workers = most_workers(model)
 
@@ -379,9 +377,11 @@ def predict_scene(model: Model, image: np.ndarray, until: float = math.inf) -> P
         return predict_window(model, part, share_of_time(until, workers / (len(windows) - number)))
 
     fewest = len(model.passes)
-    for window, (probs, passes) in zip(windows, side_by_side(predict, range(len(windows)), workers)):
-        total[(slice(None), *window)] += probs * blend_weights(*probs.shape[1:])
+    for number, (probs, passes) in enumerate(side_by_side(predict, range(len(windows)), workers)):
+        total[(slice(None), *windows[number])] += probs * blend_weights(*probs.shape[1:])
         fewest = min(fewest, passes)
+        if number % 20 == 19:
+            say(f"  {number + 1} of {len(windows)} windows of {WINDOW} px")
     return total, fewest  # the scale of a pixel's weights does not matter: only their order does
 
 
