@@ -68,5 +68,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Say how many slow tests were left out, and how they are run."""
     if config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(
-            f"{config.stash[LEFT_OUT]} slow tests were left out: make test-slow runs them"
+            f"{config.stash[LEFT_OUT]} slow tests were left out: make test SLOW=yes runs them"
         )
