@@ -37,13 +37,14 @@ PROJECT = Path(__file__).resolve().parents[2]
 # without that of others within it.
 STAGES = {
     "loading the weights": "load_model",
+    "reading": "read_tile",
     "normalising": "normalize",
     "dense CRF": "refine_with_crf",
     "specks and holes": "clean_classes",
     "views, ensemble, decision": "predict_classes",
 }
 FORWARD, OTHERWISE = "forward passes", "everything else"
-ASIDE = {"reading": "read_placed", "writing": "save_mask"}  # in threads of their own, while the passes run
+ASIDE = {"writing": "save_mask"}  # by the main thread, while the passes run in theirs
 COMPARED = ("tiles", "size", "passes", "cores")  # two runs are compared where these are the same
 
 
