@@ -81,7 +81,9 @@ def read_mask(masks: Path, tile: TileFiles, shape: Sequence[int]) -> np.ndarray:
         pixels = label_files.read_label(path)
     except TileError as error:
         raise InputError(str(error)) from error
-    if not np.isin(pixels, CLASS_VALUES).all():
+    if not all(
+        np.isin(row, CLASS_VALUES).all() for row in pixels
+    ):  # a scene at once takes eight bytes a pixel
         raise InputError(f"{path}: is no mask, expected one band of the values {CLASS_VALUES}")
     if pixels.shape != tuple(shape):
         raise InputError(

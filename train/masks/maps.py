@@ -18,7 +18,7 @@ from tqdm import tqdm
 from prep.files import write_json, write_text
 from prep.hkh.prepare import Resources, backend
 from solution import CLASS_NAMES, InputError, load_model, prepare_torch, usable_cores, warn
-from train.masks.georeference import class_km2
+from train.masks.georeference import class_km2, count_values
 from train.masks.outlines import glacier_polygons, lake_polygons, write_geopackage
 from train.masks.page import Map, map_page
 from train.masks.rasters import Layout, write_raster
@@ -193,7 +193,7 @@ def _summarise(
     scene: Scene, folder: Path, settings: Settings, classes: np.ndarray, found: _Found
 ) -> dict[str, Any]:
     """Write glaciers.gpkg where the scene has a place, and return what the map says in numbers."""
-    pixels, km2 = np.bincount(classes.ravel(), minlength=256), class_km2(classes, scene.place)
+    pixels, km2 = count_values(classes), class_km2(classes, scene.place)
     summary: dict[str, Any] = {
         "scene": scene.name,
         "about": dict(scene.about),

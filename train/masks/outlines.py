@@ -97,7 +97,8 @@ def glacier_polygons(
         min_km2: smaller glaciers are left out.
         smooth: whether the steps of the pixels are smoothed, by up to a pixel; areas are those of the result.
     """
-    labels = cv2.connectedComponents(np.isin(classes, (GLACIER, DEBRIS)).astype(np.uint8), connectivity=4)[1]
+    ice = (classes == GLACIER) | (classes == DEBRIS)
+    labels = cv2.connectedComponents(ice.astype(np.uint8), connectivity=4)[1]
     counted = count_glaciers(labels, classes, probability, list(MARGINS.values()))
     numbers, polygons = trace(labels, labels > 0, place)
     if smooth:

@@ -31,6 +31,7 @@ figcaption,.note{font-size:.9rem;opacity:.8}
   vertical-align:-.12em;margin-right:.4em}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{border-bottom:1px solid var(--line);padding:.25rem .7rem;text-align:right;white-space:nowrap}
+th{white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 .files td,.files th{text-align:left;white-space:normal;vertical-align:top}.files td:first-child{overflow-wrap:normal}
 @media(max-width:30rem){th,td{padding:.25rem .4rem;font-size:.85rem}ul{padding-left:1.2rem}}
@@ -42,8 +43,8 @@ LIMITS = (
     "Lakes were too few to learn from: the model marks none, or hardly any.",
     "Glaciers that touch each other are one polygon. Ice divides need a terrain model.",
     'Cloud, its shadow and fill are nodata: a glacier marked "cut" is larger than its polygon.',
-    "The intervals are those that held 90 of 100 labelled areas on ground of this scene that the networks had not "
-    "seen. They tell what the networks are unsure of, not what they never learned: in other regions they hold less.",
+    "The intervals are those that held 90 of 100 labelled areas of the training scene, on ground that the networks "
+    "had not seen. They tell what the networks are unsure of, not what they never learned: elsewhere they hold less.",
 )
 FILES = (
     ("classes.tif", "classes 0 to 3, 255 nodata; classes.qml is its style in QGIS"),
@@ -75,7 +76,8 @@ def map_page(shown: Map, picture: np.ndarray, classes: np.ndarray, seconds: floa
         seconds: that the map took.
     """
     name = escape(shown.scene.name)
-    about = [f"{key.replace('_', ' ').capitalize()} {value}" for key, value in shown.scene.about.items()]
+    told = {key: value for key, value in shown.scene.about.items() if value != shown.scene.name}
+    about = [f"{key.replace('_', ' ').capitalize()} {value}" for key, value in told.items()]
     parts = [
         f"<h1>Glacier map of {name}</h1>",
         f'<p class="note">{escape("; ".join([describe(shown.scene.shape, shown.scene.place), *about]))}</p>',
@@ -158,12 +160,14 @@ def _glaciers(summary: Mapping[str, Any]) -> str:
         )
         for row in found["largest"]
     ]
-    head = ("largest, by id", "km²", "90 % interval", "debris")
+    head = ("largest", "km²", "90 % interval", "debris")
     return f"<p>{escape(total)}</p>" + _table(head, rows)
 
 
 def _km2(value: float | None) -> str:
-    return NONE if value is None or not math.isfinite(value) else f"{value:,.{1 if value >= 10 else 2}f}"
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:,.{0 if value >= 1000 else 1 if value >= 10 else 2}f}"
 
 
 def _settings(shown: Map, seconds: float) -> Sequence[Sequence[str]]:

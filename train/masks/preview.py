@@ -26,7 +26,7 @@ from solution import (
     warn,
 )
 from train.masks.files import read_mask
-from train.masks.georeference import Georeference, class_km2, describe
+from train.masks.georeference import Georeference, class_km2, count_values, describe
 from train.masks.pictures import (
     CODE_COLOURS,
     OUTLINE_COLOURS,
@@ -114,7 +114,7 @@ def open_view(
         label = label[::step, ::step]
     image, pixels = (
         np.concatenate([strip.picture for strip in strips]),
-        np.bincount(codes.ravel(), minlength=256),
+        count_values(codes),
     )
     km2 = class_km2(codes, scene.place)
     return View(tile.tile_id, image, small, confidence, label, scene.place, scene.shape, pixels, km2)
