@@ -28,7 +28,7 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt requirements.lock | cksum |
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo predict preview evaluate export map prep fit score train-all check grader-check bench submission \
+.PHONY: help setup demo predict preview evaluate export map prep fit score train-all checklist check grader-check bench submission \
 	baseline distil pretrain report compare test lint clean
 
 help:
@@ -73,7 +73,7 @@ preview: setup ## pictures of the tiles in IN into OUT: image, outlines, areas; 
 
 evaluate: setup ## score the masks in MASKS, of any origin, against LABELS of either phase; IN= bands: without nodata too
 	@test -n "$(MASKS)" -a -n "$(LABELS)" || { echo "make evaluate MASKS=<folder> LABELS=<folder> [IN=<Band1 ... Band5>]"; exit 2; }
-	$(TRAIN) evaluate --pred "$(MASKS)" --labels "$(LABELS)" $(if $(IN),--data "$(IN)")
+	$(TRAIN) evaluate --pred "$(MASKS)" --labels "$(LABELS)" $(if $(IN),--data "$(IN)") --weights "$(WEIGHTS)"
 
 export: setup ## the masks in MASKS as GeoTIFF and polygons for QGIS, into OUT; IN holds their bands
 	@test -n "$(IN)" -a -n "$(OUT)" -a -n "$(MASKS)" || \
@@ -100,6 +100,10 @@ train-all: score ## all of the above, and WEIGHTS from it; an older file is kept
 
 ##@ Submit
 
+checklist: setup ## are the stores HKH and STORE, RECIPE, PRETRAINED and WEIGHTS as they should be? a line each
+	$(TRAIN) checklist --hkh "$(HKH)" --store "$(STORE)" --recipe "$(RECIPE)" --weights "$(WEIGHTS)" \
+		$(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+
 check: setup ## would the submission be accepted? every caller, every file, in an empty folder
 	$(TRAIN) check --weights "$(WEIGHTS)"
 
@@ -121,9 +125,10 @@ distil: setup ## one network taught by the run TEACHER, into runs/student
 	@test -n "$(TEACHER)" || { echo "make distil TEACHER=<run, e.g. runs/recipe>"; exit 2; }
 	$(TRAIN) distil --recipe train/recipes/distil.yaml --run runs/student --teacher "$(TEACHER)" $(SETTINGS)
 
-pretrain: setup ## train on the HKH store HKH; then make train-all PRETRAINED=runs/pretrain/unet/fold0/fold.pt
+pretrain: setup ## train on the HKH store HKH less the ground of STORE; then make train-all PRETRAINED=runs/pretrain/unet/fold0/fold.pt
 	@test -f "$(HKH)/store.json" || { echo "$(HKH) is no tile store; make it with python -m prep hkh (docs/hkh.md)"; exit 2; }
-	$(TRAIN) fit --recipe train/recipes/pretrain.yaml --run runs/pretrain --folds 0 --member unet data.store="$(HKH)" $(SET)
+	$(TRAIN) fit --recipe train/recipes/pretrain.yaml --run runs/pretrain --folds 0 --member unet data.store="$(HKH)" \
+		$(if $(shell test -f "$(STORE)/store.json" && echo yes),data.exclude_ground="$(STORE)") $(SET)
 
 report: setup ## tables and a page (reports/local/) on RUNS='name=runs/a name=runs/b'
 	@test -n "$(RUNS)" || { echo "make report RUNS='mine=runs/recipe baseline=runs/baseline'"; exit 2; }

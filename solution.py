@@ -442,9 +442,9 @@ def clean_classes(classes: np.ndarray, valid: np.ndarray, min_speck: int, min_ho
     """Return class indices (H, W) uint8, 0 where not valid (H, W), without patches of glacier, debris or lake
     below `min_speck` px and of other below `min_hole` px; 0 keeps all."""
     cleaned = np.where(valid, classes, 0).astype(np.uint8)
-    for of_class in range(1, len(CLASS_NAMES)):
-        absorb_small_patches(cleaned, valid, of_class, min_speck)
-    absorb_small_patches(cleaned, valid, 0, min_hole)
+    for of_class, least in ((1, min_speck), (2, min_speck), (3, min_speck), (0, min_hole)):
+        if least > 1:
+            absorb_small_patches(cleaned, valid, of_class, least)
     return cleaned
 
 

@@ -127,10 +127,10 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/sample"), help="default: %(default)s")
     parser.add_argument(
         "--like",
-        choices=["competition", "hkh", "hkh-lila", "hkh-patches"],
+        choices=["competition", "scene", "hkh", "hkh-lila", "hkh-patches"],
         default="competition",
-        help="hkh: Landsat-7 scenes with stripes and a shapefile; hkh-lila: filled scenes, outlines by kind and a "
-        "border; hkh-patches: arrays of 512 px (default: %(default)s)",
+        help="scene: Landsat 8 by USGS; hkh: Landsat-7 scenes with stripes and a shapefile; hkh-lila: filled, outlines "
+        "by kind and a border; hkh-patches: arrays of 512 px (default: %(default)s)",
     )
     parser.add_argument("--tiles", type=int, default=10, help="number of scenes (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="side in pixels (default: %(default)s)")
@@ -193,14 +193,20 @@ def parse_words(pairs: Sequence[str]) -> dict[str, str]:
 def run_sample(options: argparse.Namespace) -> None:
     """Write synthetic scenes into a new folder."""
     refuse_existing(options.out)
+    if options.like == "scene":
+        from prep.synthetic.landsat8 import write_product
+
+        scene = write_product(options.out, options.size, options.size, options.seed)
+        print(
+            f"{scene}: a synthetic Landsat-8 scene of {options.size} px written. Next: make map SCENE={scene} OUT=map"
+        )
+        return
     if options.like != "competition":
         from prep.synthetic import hkh
 
         layout = options.like.partition("-")[2] or "release"
         hkh.write_hkh_sample(options.out, options.tiles, options.size, options.seed, layout)
-        print(
-            f"{options.out}: {options.tiles} synthetic Landsat-7 scenes of {options.size} px written. Next:"
-        )
+        print(f"{options.out}: {options.tiles} Landsat-7 scenes of {options.size} px written. Next:")
         print(f"python -m prep hkh {hkh.next_arguments(options.out, layout)}")
         return
     from prep.synthetic.scenes import write_sample  # here: the other commands need not wait for it

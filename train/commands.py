@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prep.store import TileStore
 from solution import read_model_file, warn
-from train.config import Config, load_config
+from train.config import Config, load_config, members_of
 from train.objective import interval_text
 from train.run import KIND_FOLDER, parse_folds
 
@@ -62,11 +62,13 @@ add_score_arguments = add_recipe_arguments
 def run_score(arguments: argparse.Namespace) -> int:
     """Predict each tile by the networks that never saw it, and score the ensemble."""
     from train.predict import predict_run
+    from train.pretrained import warn_of_seen_ground
     from train.report.scores import score_run
 
     config = load_config(arguments.recipe, arguments.overrides)
     store = TileStore(config.data.store)
     predict_run(arguments.run, config, store)
+    warn_of_seen_ground(arguments.run, members_of(config), store)
     print_scores(arguments.run, score_run(arguments.run, store))
     return 0
 

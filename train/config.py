@@ -29,6 +29,7 @@ class DataConfig:
     """Where the tiles come from and how crops are drawn from them."""
 
     store: str = "data/competition"  # tile store made by `make prep`
+    exclude_ground: Optional[str] = None  # a tile store: tiles on the ground of its tiles are left out
     scheme: str = "stratified"  # fold scheme of the store's folds.json: "stratified" or "spatial"
     crop: int = 256  # side of a training crop in pixels, a multiple of 32
     batch_size: int = 4  # crops a step

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prep.folds import KM2_PER_PIXEL
+from prep.ground import off_ground
 from prep.labels import CODE_NAMES, IGNORE
 from prep.stats import compute
 from prep.store import SPLIT_SCHEME, TileStore
@@ -32,6 +33,19 @@ class DataError(KitError):
     """The tiles of a store cannot serve this training; the message says why and what to do."""
 
 
+def open_store(data: DataConfig) -> TileStore:
+    """Return the store of a recipe, without the tiles on the ground of `data.exclude_ground`."""
+    store = TileStore(data.store)
+    if data.exclude_ground:
+        there, store.tile_ids = store.tile_ids, off_ground(store, data.exclude_ground)
+        gone = len(there) - len(store.tile_ids)
+        if process_number() == 0:
+            print(
+                f"{data.store}: {gone} of {len(there)} tiles left out, on the ground of {data.exclude_ground}"
+            )
+    return store
+
+
 def split_tiles(store: TileStore, scheme: str, fold: Fold) -> tuple[list[str], list[str]]:
     """Return the ids of the tiles to train on and of those to validate on, in the order of the store.
 
@@ -45,8 +59,11 @@ def split_tiles(store: TileStore, scheme: str, fold: Fold) -> tuple[list[str], l
         raise DataError(f"{store.folder}: scheme '{scheme}' has no fold {fold}; it has folds {known}")
     train = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] != fold]
     val = [tile_id for tile_id in store.tile_ids if fold_of[tile_id] == fold]
-    if not train:
-        raise DataError(f"{store.folder}: fold {fold} of scheme '{scheme}' holds every tile, none is left")
+    if not (train and val):
+        raise DataError(
+            f"{store.folder}: fold {fold} of scheme '{scheme}' leaves {len(train)} tiles to train on and {len(val)} to "
+            "validate on, expected some of each"
+        )
     return train, val
 
 
@@ -239,7 +256,7 @@ def open_fold(
 
     Raises DataError or `prep.store.StoreError`.
     """
-    store = TileStore(config.data.store)
+    store = open_store(config.data)
     train_ids, val_ids = split_tiles(store, config.data.scheme, fold)
     if normalization is None:
         # stats.json of a store with training and validation ids is that of its training tiles

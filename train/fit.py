@@ -33,7 +33,7 @@ from train.hardware import (
     wait_for_each_other,
 )
 from train.module import RampedAveraging, SegmentationModule
-from train.pretrained import input_identity, load_imagenet, read_pretrained
+from train.pretrained import input_identity, load_imagenet, read_pretrained, seen_ground
 from train.run import (
     ALL,
     CONFIG_FILE,
@@ -251,6 +251,7 @@ class Recorder(Callback):
         self.fold = fold
         self.config = config
         self.data = data
+        self.ground = seen_ground(config, data.train_ids)
         self.history: list[dict] = []  # a row an epoch
         self.best: dict[str, Any] = {}  # of the epoch kept: epoch, val_mcc, state_dict
         self._started = 0.0
@@ -340,6 +341,7 @@ class Recorder(Callback):
             "scheme": self.config.data.scheme,
             "views": len(VIEWS) if self.config.augment.every_direction else 1,
             **self._data_identity(),
+            "ground": self.ground,
             "fingerprint": TileStore(self.config.data.store).fingerprint,
             "epochs": len(self.history),
             "seconds": float(sum(row["seconds"] for row in self.history)),

@@ -25,7 +25,7 @@ from solution import (
     MOST_DEVIATIONS,
     VIEWS,
     KindNet,
-    Member,
+    load_member,
     local_statistics,
     member_logits,
     normalize,
@@ -46,6 +46,7 @@ from train.run import (
     read_record,
 )
 
+CPU = torch.device("cpu")
 CLEAN, DEBRIS = CLASS_NAMES.index("glacier"), CLASS_NAMES.index("debris")
 
 
@@ -169,20 +170,13 @@ def kind_folds(config: Config) -> list[Fold]:
     return [*folds_of_scheme(TileStore(config.data.store), config.data.scheme), ALL]
 
 
-def as_member(record: Mapping) -> Member:
-    """Return a fold's network of the kind as the submission uses it."""
-    network = KindNet(**record["arch"]["args"])
-    network.load_state_dict(record["state_dict"])
-    return Member(network.eval(), 1.0, record["normalization"])
-
-
 def predict_kind(folder: Path, store: TileStore, fold_of: Mapping[str, int]) -> None:
     """Write `folder`/<tile>.npy, (H, W) float16 logits of debris given glacier, by the fold of each tile."""
     for tile, fold in tqdm(fold_of.items(), desc="predict kind", unit="tile", file=sys.stderr):
         checkpoint = fold_folder(folder, fold) / FOLD_FILE
         if not is_fresh(folder / f"{tile}.npy", checkpoint):
-            member = as_member(read_fold(checkpoint))
-            logits = member_logits(member, store.image(tile), VIEWS[0], torch.device("cpu"))
+            member = load_member({**read_fold(checkpoint), "weight": 1.0}, str(checkpoint), CPU)
+            logits = member_logits(member, store.image(tile), VIEWS[0], CPU)
             write_array(folder / f"{tile}.npy", logits.numpy().astype(np.float16))
 
 

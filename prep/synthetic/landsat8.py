@@ -39,6 +39,8 @@ MTL = """GROUP = LANDSAT_METADATA_FILE
     WRS_PATH = 147
     WRS_ROW = 37
     DATE_ACQUIRED = 2020-09-14
+    SUN_AZIMUTH = 145.20
+    SUN_ELEVATION = 52.75
     CLOUD_COVER = {cloud:.2f}
   END_GROUP = IMAGE_ATTRIBUTES
   GROUP = LEVEL2_SURFACE_REFLECTANCE_PARAMETERS
@@ -55,17 +57,10 @@ END
 
 
 def write_product(out: Path, height: int, width: int, seed: int = 0, pattern: int = PATTERN) -> Path:
-    """Write a product into `out`/<product id> and return that folder.
+    """Write a product of height x width px into `out`/<product id> and return that folder.
 
-    Args:
-        out: made where missing.
-        height: of the scene in pixels.
-        width: likewise.
-        seed: of the scene; the same seed gives the same pixels.
-        pattern: side in pixels of the scene that is repeated.
-
-    Raises:
-        InputError: a side of less than a pixel, or as for `make_scene`.
+    It repeats a scene of `pattern` px; the same seed gives the same pixels. Raises InputError for a side of less
+    than a pixel, or as `make_scene` does.
     """
     if min(height, width) < 1:
         raise InputError(f"found {width} x {height} px, expected a pixel at least")
@@ -88,23 +83,16 @@ def _write(path: Path, pattern: np.ndarray, shape: tuple[int, int], fill: int) -
     height, width = shape
     mirrored = np.block([[pattern, pattern[:, ::-1]], [pattern[::-1], pattern[::-1, ::-1]]])
     columns = np.arange(width)
-    with rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
-        width=width,
-        height=height,
-        count=1,
-        dtype="uint16",
-        nodata=fill,
-        crs=f"EPSG:{UTM_ZONE_43N}",
-        transform=Affine(PIXEL, 0, GRID_ORIGIN[0], 0, -PIXEL, GRID_ORIGIN[1]),
-        tiled=True,
-        blockxsize=256,
-        blockysize=256,
-        compress="deflate",
-        predictor=2,
-    ) as raster:
+    place = Affine(PIXEL, 0, GRID_ORIGIN[0], 0, -PIXEL, GRID_ORIGIN[1])
+    grid = {
+        "width": width,
+        "height": height,
+        "crs": f"EPSG:{UTM_ZONE_43N}",
+        "transform": place,
+        "nodata": fill,
+    }
+    packed = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate", "predictor": 2}
+    with rasterio.open(path, "w", driver="GTiff", count=1, dtype="uint16", **grid, **packed) as raster:
         for top in range(0, height, ROWS):
             rows = np.arange(top, min(top + ROWS, height))
             values = mirrored[rows % len(mirrored)][:, columns % mirrored.shape[1]].astype(np.uint16)

@@ -13,6 +13,7 @@ from prep.store import TileStore
 from solution import BANDS, build_network
 from train import pretrained
 from train.__main__ import main
+from train.data import DataError
 from train.fit import fit_fold
 from train.pretrained import (
     PretrainedError,
@@ -173,3 +174,18 @@ def test_held_out_tiles_on_ground_that_was_seen_are_named(smoke_run, store, tmp_
         torch.save({**record, "ground": seen.wkt}, run / "north" / "fold0" / "fold.pt")
         assert warn_of_seen_ground(run, ["north"], opened) == expected
         assert ("1 held-out tiles lie on ground" in capsys.readouterr().err) == bool(expected)
+
+
+def test_tiles_on_the_ground_of_another_store_are_left_out_of_training(store, tmp_path, capsys):
+    folder, other = shutil.copytree(store, tmp_path / "store"), tmp_path / "other"
+    outlines = with_ground(folder, TileStore(folder).tile_ids)
+    other.mkdir()
+    ground.write_ground(other, {"x": outlines["002"]})
+    config = smoke_config(folder, f"data.exclude_ground={other}", "train.epochs=1")
+    record = fit_fold(config, 0, tmp_path / "run")
+    assert (record["train_tiles"], record["val_tiles"]) == (["003"], ["000", "001"])
+    assert shapely.from_wkt(record["ground"]).equals(outlines["003"])
+    assert f"1 of 4 tiles left out, on the ground of {other}" in capsys.readouterr().out
+    ground.write_ground(other, {name: outlines[name] for name in ("000", "001")})
+    with pytest.raises(DataError, match="leaves 2 tiles to train on and 0 to validate on"):
+        fit_fold(config, 0, tmp_path / "again")

@@ -9,9 +9,10 @@ from pathlib import Path
 from prep.competition import PHASE_OPTIONS
 from prep.files import write_json
 from prep.text import plural
-from solution import InputError, find_weights
+from solution import InputError, find_weights, warn
 from train.masks.files import VALUES_OPTIONS
 from train.masks.score import format_scores, score_masks
+from train.run import describe_seen
 
 
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="classes: masks hold 0, 85, 170, 255; extent: 0 and 255, glacier of either kind",
     )
     parser.add_argument("--data", type=Path, help="Band1 ... Band5: scores without nodata as well")
+    parser.add_argument("--weights", type=Path, help="model.pth of the masks: was it trained on these tiles?")
     parser.add_argument("--tiles", type=lambda text: text.split(","), default=[], help="e.g. 02_07,03_11")
     parser.add_argument("--json", type=Path, help="file for all figures")
 
@@ -72,6 +74,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         tiles=arguments.tiles,
     )
     print(format_scores(scores))
+    if arguments.weights and (seen := describe_seen(arguments.weights, list(scores["by_tile"]))):
+        warn(seen)
     if arguments.json:
         write_json(arguments.json, scores)
     return 0

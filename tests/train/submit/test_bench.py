@@ -68,7 +68,7 @@ def test_every_stage_is_a_function_of_solution():
 
 def measured(seconds: float, **changes) -> dict:
     """Return made-up figures of a run over ten tiles."""
-    stages = {"loading the weights": 2.0, "forward passes": seconds - 2.0, "reading": 1.0}
+    stages = {"loading the weights": 2.0, "forward passes": seconds - 2.0, "writing": 1.0}
     found = {"seconds": seconds, "stages": stages, "bare": 8.0, "passes": 40, "workers": 2, "start": 4.0}
     found |= {"peak_memory": 1_500_000_000, "tiles": 10, "size": "512", "cores": 2, "machine": "machine free"}
     return {**found, "weights": "a" * 64, "date": "2026-01-01", **changes}
@@ -77,7 +77,7 @@ def measured(seconds: float, **changes) -> dict:
 def test_a_report_compares_with_the_run_before():
     alone = bench.format_report(measured(12.0), {})
     assert "| whole run / its bare forward passes | 1.500 | – | – |" in alone
-    assert "| reading, beside the passes | 1.000 | 8.3% |" in alone
+    assert "| writing, beside the passes | 1.000 | 8.3% |" in alone
     beside = bench.format_report(measured(9.0), measured(12.0))
     assert "| whole run, s | 9.000 | 12.000 | 0.750 |" in beside
     assert "| a tile, s | 0.900 | 1.200 | 0.750 |" in beside
@@ -115,5 +115,5 @@ def test_what_cannot_be_measured_is_named(tmp_path):
     (tmp_path / "model.pth").write_text("no model")
     with pytest.raises(BenchError, match="ended with status 1, expected 0; it said: .*damaged"):
         bench.run_measurement(tmp_path / "tiles", tmp_path / "model.pth", tmp_path / "out")
-    with pytest.raises(solution.InputError, match="no such weights file"):
+    with pytest.raises(solution.InputError, match="no weights: looked for"):
         bench.bench(Path("none.pth"), None, 1, 64, tmp_path / "bench.md")
