@@ -1,4 +1,4 @@
-"""`make fuzz`: hostile inputs, killed processes and many tiles; exit status 1 where something was lost."""
+"""`make -f .ci/tasks.mk fuzz`: hostile inputs, killed processes and many tiles; exit status 1 where something was lost."""
 
 from __future__ import annotations
 
