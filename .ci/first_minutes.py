@@ -43,9 +43,9 @@ def clone(folder: Path, venv: Path | None) -> None:
 def time_step(command: str, folder: Path) -> float:
     """Return the minutes that a command takes; it ends this program where the command fails."""
     print(f"$ {command}", file=sys.stderr, flush=True)
-    command = re.sub(r"^python ", f"{folder}/.venv/bin/python ", command)
+    words = re.sub(r"^python ", f"{folder}/.venv/bin/python ", command).split()
     started = time.monotonic()
-    status = subprocess.run(command, shell=True, cwd=folder, stdout=sys.stderr).returncode
+    status = subprocess.run(words, cwd=folder, stdout=sys.stderr).returncode
     if status:
         sys.exit(f"{command}: exit status {status}, expected 0; nothing is written")
     return (time.monotonic() - started) / 60
