@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +16,6 @@ from solution import CLASS_NAMES, InputError, KitError, usable_cores
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 after an error message where the input does not allow it."""
     options = build_parser().parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files, which may be any bytes, are printed
-            stream.reconfigure(errors="backslashreplace")
     try:
         options.command(options)
     except KitError as error:
@@ -27,11 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:  # no permission, or a full disk
         where = getattr(options, "out", "the store")
-        print(
-            f"error: {error}; {where} was not written: see to permissions and free space, or name another "
-            "folder with --out",
-            file=sys.stderr,
-        )
+        advice = "see to permissions and free space, or name another folder with --out"
+        print(f"error: {error}; {where} was not written: {advice}", file=sys.stderr)
         return 2
     return 0
 
@@ -81,12 +74,8 @@ def _add_hkh(commands: argparse._SubParsersAction) -> None:
     several = "of a vector file with several, in the order of --kinds"
     parser.add_argument("--layer", dest="layers", metavar="LAYER", nargs="+", default=[], help=several)
     parser.add_argument("--border", type=Path, help="region outside of which nothing is labelled, hkh.shp")
-    parser.add_argument(
-        "--mask-order", help="channels of a patch's mask (default: clean,debris where it has two)"
-    )
-    parser.add_argument(
-        "--column", default="Glaciers", help="attribute with the class (default: %(default)s)"
-    )
+    parser.add_argument("--mask-order", help="channels of a patch's mask (clean,debris where it has two)")
+    parser.add_argument("--column", default="Glaciers", help="attribute with the class (%(default)s)")
     parser.add_argument(
         "--words",
         nargs="+",
@@ -95,9 +84,7 @@ def _add_hkh(commands: argparse._SubParsersAction) -> None:
         help="word in a file's name, in the attribute's value, or in a mask file's name (default: %(default)s)",
     )
     parser.add_argument("--sun", type=Path, help="CSV with the columns scene and sun_elevation (degrees)")
-    parser.add_argument(
-        "--exclude-ground", type=Path, metavar="STORE", help="leave out what lies on the ground of its tiles"
-    )
+    parser.add_argument("--exclude-ground", type=Path, metavar="STORE", help="leave out its tiles' ground")
     parser.add_argument("--out", type=Path, default=Path("data/hkh"), help="default: %(default)s")
     _add_hkh_settings(parser)
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: all cores)")
@@ -135,12 +122,8 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--tiles", type=int, default=10, help="number of scenes (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="side in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
-    parser.add_argument(
-        "--naming", choices=["training", "platform"], default="training", help="style of file names"
-    )
-    parser.add_argument(
-        "--labels", choices=["phase1", "phase2", "both"], default="both", help="label folders to write"
-    )
+    parser.add_argument("--naming", choices=["training", "platform"], default="training", help="of files")
+    parser.add_argument("--labels", choices=["phase1", "phase2", "both"], default="both", help="to write")
     parser.set_defaults(command=run_sample)
 
 
@@ -184,9 +167,7 @@ def parse_words(pairs: Sequence[str]) -> dict[str, str]:
     words = dict(pair.partition("=")[::2] for pair in pairs)
     classes = CLASS_NAMES[1:]
     if not {"glacier", "debris"} <= set(words) <= set(classes) or not all(words.values()):
-        raise InputError(
-            f"--words: found {' '.join(pairs)}, expected glacier=WORD debris=WORD and perhaps lake=WORD"
-        )
+        raise InputError(f"--words: found {' '.join(pairs)}, expected glacier=WORD debris=WORD [lake=WORD]")
     return words
 
 

@@ -8,6 +8,7 @@ from typing import Any, Iterator
 
 import numpy as np
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
@@ -37,12 +38,14 @@ def trainer_options(config: Config) -> dict[str, Any]:
             f"trainer.devices (make: DEVICES) is {trainer.devices}, found {plural(gpus, 'GPU')}; expected "
             f"{max(1, gpus)} at most, or trainer.accelerator=cpu for as many processes on the CPU"
         )
+    alone = trainer.processes == 1  # then no batch system's number of tasks counts
     return {
+        "plugins": [LightningEnvironment()] if alone else None,
         "accelerator": "gpu" if gpu else "cpu",
         "devices": trainer.devices,
         "num_nodes": trainer.num_nodes,
         "precision": precision_of(config),
-        "strategy": SEVERAL_PROCESSES if config.trainer.processes > 1 else "auto",
+        "strategy": "auto" if alone else SEVERAL_PROCESSES,
         "sync_batchnorm": trainer.sync_batchnorm,
         "use_distributed_sampler": False,  # ours deals the crops out itself
     }
