@@ -1,4 +1,4 @@
-"""`make -f .ci/tasks.mk fuzz`: hostile inputs, killed processes and many tiles; exit status 1 where something was lost."""
+"""The search for faults (`.ci/tasks.mk`): hostile inputs, killed processes, many tiles; exit status 1 where any is lost."""
 
 from __future__ import annotations
 
