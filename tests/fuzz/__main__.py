@@ -1,4 +1,4 @@
-"""The search for faults (`.ci/tasks.mk`): hostile inputs, killed processes, many tiles; exit status 1 where any is lost."""
+"""The search for faults (`.ci/tasks.mk`): hostile inputs, killed processes, many tiles; status 1 where any is lost."""
 
 from __future__ import annotations
 
