@@ -928,7 +928,6 @@ def load_member(stored: Mapping, source: str, device: torch.device) -> Member:
 def load_model(path: PathLike) -> Model:
     """Return the model that `path` holds, on the GPU where there is one that works. Raises InputError where it is
     damaged, incomplete, or its weights do not fit: random weights are never used."""
-    prepare_torch(threads_of_each(1))
     content, device = read_model_file(path), usable_device()
     try:
         stored = enumerate(content["members"])
@@ -1206,6 +1205,7 @@ def segment_folder(
     """
     started = time.perf_counter() if started is None else started
     tiles = find_tiles(data)
+    prepare_torch(threads_of_each(1))  # loading computes too, and a forked process has no threads for that
     model = with_workers(load_model(find_weights(weights)), tiles)
     seconds, binding = choose_budget(time_budget, model.time_budget)
     deadline = started + min(seconds - SPARE_SECONDS, seconds * (1 - SPARE_PART))

@@ -22,7 +22,7 @@ from prep.labels import IGNORE
 from prep.store import TileStore
 from prep.text import markdown_table
 from solution import decide_classes
-from train.objective import count_tile, interval_text, score_intervals
+from train.objective import TileCounts, count_tile, interval_text, pool, score_intervals
 from train.run import OOF_FOLDER
 
 PIXEL = 0.03  # km
@@ -45,16 +45,17 @@ def distance(place: tuple[int, int], trained_on: list[tuple[int, int]], size: in
 def table(run: Path, store: TileStore, fold_of: Mapping[str, int]) -> str:
     """Return the scores of each group of pixels as a Markdown table."""
     places = {row.tile_id: (row.row, row.col) for row in store.tiles}
-    lines = []
-    for name, (least, most) in GROUPS.items():
-        counts, pixels = [], 0
-        for tile, fold in fold_of.items():
-            far = distance(places[tile], [places[other] for other in fold_of if fold_of[other] != fold])
+    counts: dict[str, list[TileCounts]] = {name: [] for name in GROUPS}
+    for tile, fold in fold_of.items():
+        far = distance(places[tile], [places[other] for other in fold_of if fold_of[other] != fold])
+        classes = decide_classes(np.load(run / OOF_FOLDER / f"{tile}.npy").astype(np.float32))
+        for name, (least, most) in GROUPS.items():
             codes = np.where((far >= least) & (far < most), store.mask(tile), IGNORE)
-            classes = decide_classes(np.load(run / OOF_FOLDER / f"{tile}.npy").astype(np.float32))
-            pixels += int((codes != IGNORE).sum())
-            counts.append(count_tile(tile, fold, store.labels[tile], codes, classes))
-        lines.append([name, f"{pixels:,}", *map(interval_text, score_intervals(counts).values())])
+            counts[name].append(count_tile(tile, fold, store.labels[tile], codes, classes))
+    lines = [
+        [name, f"{pool(tiles).sum():,}", *map(interval_text, score_intervals(tiles).values())]
+        for name, tiles in counts.items()
+    ]
     return markdown_table(
         ["distance from training", "pixels", "extent", "four classes", "debris, IoU"], lines
     )

@@ -10,20 +10,17 @@ import torch
 from segmentation_models_pytorch.losses import BINARY_MODE, LovaszLoss, TverskyLoss
 from torch import Tensor, nn
 
-from prep.labels import CODE_CLASSES
-from solution import CLASS_NAMES
 from train.config import LossConfig
+from train.objective import GLACIER_CODES, REST_CODES
 
 SMALLEST = 1e-7  # keeps quotients differentiable
 UNKNOWN = -1  # side of a code without a label
-GLACIER_KINDS = {CLASS_NAMES.index("glacier"), CLASS_NAMES.index("debris")}
 
 
 def sides_of_codes() -> Tensor:
     """Return the lookup (256,) int64 from label code to side: 1 glacier of either kind, 0 the rest, -1 unknown."""
     sides = torch.full((256,), UNKNOWN)
-    for code, classes in CODE_CLASSES.items():
-        sides[code] = int(set(classes) <= GLACIER_KINDS)
+    sides[list(REST_CODES)], sides[list(GLACIER_CODES)] = 0, 1
     return sides
 
 

@@ -272,3 +272,13 @@ def test_two_tiny_networks_differ_and_give_both_answers():
         first, second = ((random_network(seed=seed)(x) > 0).numpy() for seed in (0, 1))
     assert set(np.unique(first)) == {False, True}
     assert (first != second).mean() > 0.2
+
+
+def test_loading_leaves_the_number_of_threads_to_the_caller(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        solution.load_model(write_model(tmp_path / "model.pth"))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

@@ -230,7 +230,7 @@ def _read(path: str, window: Optional[Window], shape: Optional[tuple[int, int]] 
 
 
 def measured(stored: np.ma.MaskedArray) -> np.ndarray:
-    """Return stored values as float32, NaN where they are no measurement, by solution.read_raster's rules."""
+    """Return stored values as float32, NaN where they are no measurement: solution.py's rules for Level-2 numbers."""
     values = stored.data
     nodata = np.ma.getmaskarray(stored) | (values == 0) | ~np.isfinite(values)
     if values.dtype.kind == "i":
