@@ -774,7 +774,7 @@ def judge_units(stored: np.ndarray) -> tuple[Scaling | None, Scaling | None]:
     """Return what bands 1 to 4 and the thermal band of a tile (H, W, 5) as stored look like; None for Level-2
     numbers, or where there is no value to judge by."""
     step = max(1, max(stored.shape[:2]) // 512)
-    *seen, heat = (band[band > 0] for band in np.moveaxis(stored[::step, ::step], -1, 0))
+    *seen, heat = (band[~np.isnan(band)] for band in np.moveaxis(stored[::step, ::step], -1, 0))
     seen, reflective, thermal = [band for band in seen if band.size], None, None
     if seen and min(np.median(band) for band in seen) < LEVEL_2_DARK:
         bright = max(np.percentile(band, 98) for band in seen)

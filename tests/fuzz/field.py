@@ -67,13 +67,12 @@ def units(rng: np.random.Generator, bands: np.ndarray, root: Path) -> Case:
     elif reflective != "dn":
         stored[..., :4] = np.where(seen[..., :4], physical[..., :4] * int(reflective), 0)
     if thermal != "dn":
-        kelvin = physical[..., 4] + (30 if thermal == "celsius" else 0)  # a summer's day: above 0 degrees
-        stored[..., 4] = np.where(seen[..., 4], kelvin - (273.15 if thermal == "celsius" else 0), 0)
+        stored[..., 4] = np.where(seen[..., 4], physical[..., 4] - (273.15 if thermal == "celsius" else 0), 0)
     write(root, "img001", stored, at())
     named = {"8-bit": "8-bit numbers", "1": "reflectance", "10000": "reflectance x 10000", "dn": ""}[
         reflective
     ]
-    named = named or {"kelvin": "kelvin", "celsius": "", "dn": ""}[thermal]
+    named = named or {"kelvin": "kelvin", "celsius": "degrees Celsius", "dn": ""}[thermal]
     certain = reflective != "8-bit" and thermal != "celsius"
     return Case(f"{reflective}, {thermal}", {"img001": RIGHT if certain else ""}, named)
 

@@ -126,6 +126,12 @@ def physical(bands):
     return np.where(bands > 0, np.stack(parts, axis=-1), 0)
 
 
+def celsius(bands, warmer):
+    """Return stored numbers with the thermal band in degrees Celsius, so many kelvin warmer; 0 where nodata."""
+    degrees = np.where(bands > 0, physical(bands) - 273.15 + warmer, 0)
+    return np.dstack([bands[..., :4], degrees[..., 4]])
+
+
 @pytest.mark.parametrize("factor", [1, 10_000])
 @pytest.mark.parametrize("kelvin", [True, False])
 def test_reflectance_and_kelvin_are_told_and_converted(tmp_path, capsys, factor, kelvin):
@@ -148,6 +154,8 @@ def test_reflectance_and_kelvin_are_told_and_converted(tmp_path, capsys, factor,
     [
         (lambda bands: np.ceil(bands / 257), "8-bit numbers"),
         (lambda bands: np.where(bands > 0, bands * 0.4, 0), "Level-1 numbers"),
+        (lambda bands: celsius(bands, -60.0), "degrees Celsius"),  # below zero everywhere
+        (lambda bands: celsius(bands, 40.0), "degrees Celsius"),
     ],
 )
 def test_what_cannot_be_converted_is_named(tmp_path, capsys, change, words):
