@@ -23,15 +23,7 @@ from prep import folds, ground, label_files, stats, store
 from prep.files import sha256
 from prep.label_files import LabelFile, Labels
 from prep.labels import IGNORE, count_codes
-from solution import (
-    KitError,
-    TileError,
-    TileFiles,
-    find_tiles,
-    read_tile,
-    valid_mask,
-    warn,
-)
+from solution import KitError, TileError, TileFiles, find_tiles, read_tile, valid_mask, warn
 
 # Debris tongues run on across nodata in genuine phase-2 labels: 0.2 to 4.6 % of a tile's nodata. A label of
 # another tile marks what is glacier there, about a third.

@@ -17,14 +17,7 @@ import torch
 from prep.files import write_text
 from prep.store import TileStore
 from prep.text import markdown_table
-from solution import (
-    Crf,
-    clean_classes,
-    decide_classes,
-    normalize,
-    refine_with_crf,
-    valid_mask,
-)
+from solution import Crf, clean_classes, decide_classes, normalize, refine_with_crf, valid_mask
 from train.config import Config, MemberConfig, PostprocessConfig, members_of
 from train.objective import TileCounts, count_tiles, difference_intervals, interval_text, score_intervals
 from train.predict import extent_out_of_fold, load_views, probabilities_out_of_fold, score_inputs

@@ -112,10 +112,7 @@ def open_view(
                 f"{path}: {describe(label.shape)}, expected {describe(scene.shape)} as in {tile.name}"
             )
         label = label[::step, ::step]
-    image, pixels = (
-        np.concatenate([strip.picture for strip in strips]),
-        count_values(codes),
-    )
+    image, pixels = np.concatenate([strip.picture for strip in strips]), count_values(codes)
     km2 = class_km2(codes, scene.place)
     return View(tile.tile_id, image, small, confidence, label, scene.place, scene.shape, pixels, km2)
 

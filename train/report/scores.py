@@ -18,15 +18,7 @@ from prep.files import write_json
 from prep.store import TileStore, name_some
 from solution import CLASS_NAMES, KitError, decide_classes
 from train.config import flatten
-from train.objective import (
-    N_CLASSES,
-    TileCounts,
-    code_names,
-    count_tiles,
-    pool,
-    score_intervals,
-    score_tiles,
-)
+from train.objective import N_CLASSES, TileCounts, code_names, count_tiles, pool, score_intervals, score_tiles
 from train.run import CONFIG_FILE, OOF_FOLDER, RUN_FILE, SCORES_FILE
 
 
