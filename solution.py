@@ -667,14 +667,9 @@ def decode_page(page: tifffile.TiffPage, path: Path) -> np.ndarray:
     except ValueError:
         pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if page.index == 0 else None
         dtype = np.dtype(page.dtype)
-        expected = (page.shape, page.bitspersample, dtype.itemsize, dtype.kind == "f")
+        expected = (page.shape, page.bitspersample, dtype.kind == "f")
         # OpenCV drops a second sample and widens 12 bits without a word.
-        if pixels is None or expected != (
-            pixels.shape,
-            8 * pixels.itemsize,
-            pixels.itemsize,
-            pixels.dtype.kind == "f",
-        ):
+        if pixels is None or expected != (pixels.shape, 8 * pixels.itemsize, pixels.dtype.kind == "f"):
             raise
     return pixels.view(dtype.newbyteorder("="))  # int16 comes as uint16
 
@@ -715,13 +710,21 @@ def is_north_up(place: Place | None) -> bool:
     return right > 0 > down and max(abs(up), abs(left)) <= 0.01 * min(right, -down)
 
 
-def read_raster(path: PathLike) -> tuple[np.ndarray, Place | None]:
-    """Return one band as stored, (H, W) float32, and where it lies. NaN is where nodata is: 0, the declared nodata
-    value, what GDAL's masks leave out, NaN, and numbers too small or too large for a measurement.
+def measured(stored: np.ndarray) -> np.ndarray:
+    """Return stored numbers, any shape, as float32, NaN where they are nodata: 0, NaN, and what is too small or too
+    large for a measurement. Negative int16 numbers are those above 32767 of a file that was cast from uint16."""
+    wrapped = stored.dtype.kind == "i" and stored.itemsize == 2
+    nodata = (stored == 0) | ~np.isfinite(stored) | (stored > LARGEST_VALUE)
+    nodata |= np.isin(stored, SIGNED_FILL_VALUES) if wrapped else stored < -2000  # reflectance -0.2 x 10000
+    values = (stored.astype(np.int16).view(np.uint16) if wrapped else stored).astype(np.float32)
+    values[nodata] = np.nan
+    return values
 
-    Landsat values are unsigned: negative int16 values are those above 32767 of a file that was cast to int16.
-    Raises TileError for what is no readable TIFF of one band of numbers.
-    """
+
+def read_raster(path: PathLike) -> tuple[np.ndarray, Place | None]:
+    """Return one band as stored, (H, W) float32, and where it lies. NaN is where it was not `measured`, has the
+    declared nodata value, or is left out by GDAL's masks. Raises TileError for what is no readable TIFF of one band
+    of numbers."""
     path = Path(path)
     pixels, declared, masks, place = decode_tiff(path)
     if pixels.ndim == 3:
@@ -729,14 +732,9 @@ def read_raster(path: PathLike) -> tuple[np.ndarray, Place | None]:
     if pixels.ndim != 2 or pixels.size == 0 or pixels.dtype.kind not in "uif":
         found = f"{path}: found shape {pixels.shape} of type {pixels.dtype}"
         raise TileError(f"{found}, expected one band (H, W) of numbers; split the bands into their own files")
-    wrapped = pixels.dtype.kind == "i" and pixels.itemsize == 2
-    nodata = (pixels == 0) | ~np.isfinite(pixels) | (pixels == declared)
-    nodata |= np.isin(pixels, SIGNED_FILL_VALUES) if wrapped else pixels < -2000  # reflectance -0.2 x 10000
-    nodata |= pixels > LARGEST_VALUE
-    for mask in masks:
-        nodata |= mask.reshape(nodata.shape) == 0
-    values = (pixels.astype(np.int16).view(np.uint16) if wrapped else pixels).astype(np.float32)
-    values[nodata] = np.nan
+    values = measured(pixels)
+    for left_out in (pixels == declared, *(mask.reshape(values.shape) == 0 for mask in masks)):
+        values[left_out] = np.nan
     return values, place
 
 

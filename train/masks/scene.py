@@ -17,13 +17,12 @@ from rasterio.windows import Window
 
 from solution import (
     BANDS,
-    LARGEST_VALUE,
     MOST_PIXELS,
-    SIGNED_FILL_VALUES,
     InputError,
     TileFiles,
     find_tiles,
     judge_units,
+    measured,
     to_physical,
     warn,
 )
@@ -214,11 +213,19 @@ def read_rows(scene: Scene, top: int, bottom: int, keep_clouds: bool = True) -> 
     window = Window(0, top, scene.shape[1], bottom - top)
     image = np.empty((bottom - top, scene.shape[1], len(BANDS)), np.float32)
     for index, (band, path) in enumerate(zip(BANDS, scene.bands)):
-        image[..., index] = to_physical(measured(_read(path, window)), band)
+        values = to_physical(_read_band(path, window), band)
+        values[values < band.offset] = np.nan  # less than a Level-2 number can say
+        image[..., index] = values
     if scene.quality:
         bits = _read(scene.quality, window).data
         image[(bits & (FILL if keep_clouds else FILL | CLOUDS)) > 0] = np.nan
     return image
+
+
+def _read_band(path: str, window: Optional[Window], shape: Optional[tuple[int, int]] = None) -> np.ndarray:
+    """Return a band's values as stored, (h, W) float32, NaN where it or its mask says nodata."""
+    stored = _read(path, window, shape)
+    return np.where(stored.mask, np.float32(np.nan), measured(stored.data))
 
 
 def _read(path: str, window: Optional[Window], shape: Optional[tuple[int, int]] = None) -> np.ma.MaskedArray:
@@ -229,23 +236,10 @@ def _read(path: str, window: Optional[Window], shape: Optional[tuple[int, int]] 
             raise InputError(f"{path}: is damaged ({error}); copy or download it again") from error
 
 
-def measured(stored: np.ma.MaskedArray) -> np.ndarray:
-    """Return stored values as float32, NaN where they are no measurement: solution.py's rules for Level-2 numbers."""
-    values = stored.data
-    nodata = np.ma.getmaskarray(stored) | (values == 0) | ~np.isfinite(values)
-    if values.dtype.kind == "i":
-        nodata |= np.isin(values, SIGNED_FILL_VALUES)
-    if values.dtype == np.int16:  # cast from uint16, as Landsat's numbers are
-        values = values.view(np.uint16)
-    else:
-        nodata |= (values > LARGEST_VALUE) | (values < 0)
-    return np.where(nodata, np.float32(np.nan), values.astype(np.float32))
-
-
 def check_units(scene: Scene) -> None:
     """Raise InputError where the values of a scene cannot be Level-2 numbers; it says what they look like."""
     shape = (min(PROBE, scene.shape[0]), min(PROBE, scene.shape[1]))
-    sample = np.stack([measured(_read(path, None, shape)) for path in scene.bands], axis=-1)
+    sample = np.stack([_read_band(path, None, shape) for path in scene.bands], axis=-1)
     doubt = ", ".join(one.name for one in judge_units(sample) if one)
     empty = [path for index, path in enumerate(scene.bands) if np.isnan(sample[..., index]).all()]
     if empty:

@@ -45,9 +45,11 @@ def test_what_is_no_scene_is_told_apart(tmp_path, name, advice):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32])
 def test_values_are_those_of_solution(tmp_path, dtype):
     numbers = textured_numbers(40, 50)
-    write_tile(
-        tmp_path, "001", numbers.astype(np.uint16).view(dtype) if dtype == np.int16 else numbers, dtype=dtype
-    )
+    if dtype == np.int16:
+        numbers = numbers.astype(np.uint16).view(dtype)
+    if dtype == np.float32:
+        numbers[6:9, :4] = np.array([-9999, -5, 2e6])[:, None, None]  # no Level-2 number
+    write_tile(tmp_path, "001", numbers, dtype=dtype)
     (scene,) = find_scenes(tmp_path)
     np.testing.assert_array_equal(
         read_rows(scene, 5, 30), solution.read_tile(solution.find_tiles(tmp_path)[0])[5:30]
@@ -77,7 +79,7 @@ def test_scenes_that_are_not_north_up_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "bands, thermal, looks",
-    [(0.5, 30000, "reflectance"), (9000, 300, "Level-2")],
+    [(0.5, 30000, "reflectance"), (9000, 300, "Level-2"), (9000, -12, "degrees Celsius")],
 )
 def test_other_units_are_told(tmp_path, bands, thermal, looks):
     values = [*[bands] * 4, thermal]
