@@ -113,7 +113,7 @@ grader-check: setup ## the same in the grader's Python 3.9, read-only and offlin
 bench: setup ## how fast is solution.py, where does its time go, how much memory
 	$(TRAIN) bench --weights "$(WEIGHTS)" $(if $(IN),--data "$(IN)")
 
-submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an older one, FORCE=yes ships in spite of a warning
+submission: setup ## check, then dist/submission.zip; OVERWRITE=yes replaces an older one, FORCE=yes writes it though the time limit failed
 	$(TRAIN) submission --weights "$(WEIGHTS)" $(if $(OVERWRITE),--overwrite) $(if $(FORCE),--force)
 
 ##@ Compare, improve, pretrain
@@ -125,7 +125,7 @@ distil: setup ## one network taught by the run TEACHER, into runs/student
 	@test -n "$(TEACHER)" || { echo "make distil TEACHER=<run, e.g. runs/recipe>"; exit 2; }
 	$(TRAIN) distil --recipe train/recipes/distil.yaml --run runs/student --teacher "$(TEACHER)" $(SETTINGS)
 
-pretrain: setup ## train on the HKH store HKH less the ground of STORE; then make train-all PRETRAINED=runs/pretrain/unet/fold0/fold.pt
+pretrain: setup ## train on the HKH store HKH less the ground of STORE; then train-all with PRETRAINED= (docs/hkh.md)
 	@test -f "$(HKH)/store.json" || { echo "$(HKH) is no tile store; make it with python -m prep hkh (docs/hkh.md)"; exit 2; }
 	$(TRAIN) fit --recipe train/recipes/pretrain.yaml --run runs/pretrain --folds 0 --member unet data.store="$(HKH)" \
 		$(if $(shell test -f "$(STORE)/store.json" && echo yes),data.exclude_ground="$(STORE)") $(SET)

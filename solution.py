@@ -9,7 +9,7 @@ GlacierHack 2025: Landsat-8 tiles in, glacier masks out. Optional package: pyden
 
 A data folder holds Band1 ... Band5 (blue, green, red, SWIR-1, thermal), one single-band TIFF a tile in each.
 A mask holds 0 (other), 85 (glacier), 170 (debris-covered glacier) and 255 (glacial lake). The weights are
-`model.pth`, named by --weights or found beside this file, in `weights/` or in the working folder.
+`model.pth`, named by --weights, or found beside this file, in the working folder, or in `weights/` of either.
 
 Part 1, the method, reads in the order of the data: bands and classes, units and normalisation, networks, views,
 ensemble, CRF and clean-up, mask. Part 2, the service, is what a run needs besides: files of any origin, the
@@ -272,7 +272,7 @@ class Model(NamedTuple):
 
     members: tuple[Member, ...]  # of the extent
     kind: Member | None  # tells debris from clean ice; None: all glacier is clean
-    passes: tuple[Pass, ...]  # the most useful first: where time is short, the last are left out
+    passes: tuple[Pass, ...]  # each network once, then more views: where time is short, the last are left out
     postprocess: Postprocess
     time_budget: float  # seconds that a run may take, infinite where it may take any
     device: torch.device
@@ -509,7 +509,7 @@ Result = TypeVar("Result")
 
 
 class TileFiles(NamedTuple):
-    """The files of one tile. `name` is Band1's file name; `paths` has None where a band has no file."""
+    """The files of one tile. `name` is that of the first band that has one; `paths` has None where a band has none."""
 
     tile_id: str
     name: str
@@ -847,8 +847,8 @@ MODEL_FORMAT = "glacier-kit/3"
 
 
 def find_weights(given: PathLike | None = None) -> Path:
-    """Return the weights file: `given`, else model.pth beside this file, in its `weights/`, or in the working
-    folder. Raises InputError, which lists where it was looked for, where there is none."""
+    """Return the weights file: `given`, else model.pth beside this file, in the working folder, or in `weights/`
+    of either. Raises InputError, which lists where it was looked for, where there is none."""
     here, work = Path(__file__).resolve().parent, Path.cwd()
     usual = [folder / MODEL_FILE for folder in (here, here / "weights", work, work / "weights")]
     places = usual if given is None else [Path(given)]
@@ -1190,7 +1190,7 @@ def segment_folder(
     keep_masks: bool = True,
     units: str = "auto",
 ) -> Summary:
-    """Segment all tiles of `data`, hand each mask to `write`, if given, and return them all.
+    """Segment all tiles of `data`, hand each mask to `write`, if given, and return what came of them.
 
     Args:
         weights: the model file, None to look for it.

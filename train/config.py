@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
 import segmentation_models_pytorch as smp
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -30,7 +31,7 @@ class DataConfig:
 
     store: str = "data/competition"  # tile store made by `make prep`
     exclude_ground: Optional[str] = None  # a tile store: tiles on the ground of its tiles are left out
-    scheme: str = "stratified"  # fold scheme of the store's folds.json: "stratified" or "spatial"
+    scheme: str = "stratified"  # of folds.json: "stratified", "spatial", or "split" (HKH)
     crop: int = 256  # side of a training crop in pixels, a multiple of 32
     batch_size: int = 4  # crops a step
     steps_per_epoch: int = 200  # between two validations
@@ -70,7 +71,7 @@ class AugmentConfig:
 class ModelConfig:
     """The network, as `solution.build_network` takes it."""
 
-    name: str = "Unet"  # of segmentation_models_pytorch, or a module of train/networks/
+    name: str = "Unet"  # that of segmentation_models_pytorch, or a module of train/networks/
     # Arguments of that network, such as encoder_name and decoder_channels.
     args: dict[str, Any] = field(default_factory=lambda: {"encoder_name": "timm-tf_efficientnet_lite0"})
     # Momentum of BatchNorm's running statistics. The EfficientNet encoders come with 0.01, which needs more
@@ -474,7 +475,11 @@ def parse_override(override: str) -> DictConfig:
     if not equals or not key.strip():
         raise ConfigError(f"'{override}' is no override; expected key=value such as optim.lr=3e-4")
     tree = OmegaConf.create()
-    OmegaConf.update(tree, key, value if " #" in value else OmegaConf.from_dotlist([f"value={value}"]).value)
+    try:
+        found = value if " #" in value else OmegaConf.from_dotlist([f"value={value}"]).value
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{override}' is no YAML; quote key=value where it has spaces") from error
+    OmegaConf.update(tree, key, found)
     return tree
 
 

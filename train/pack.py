@@ -107,8 +107,9 @@ def stored_members(run_dir: Path, config: Config) -> tuple[list[dict[str, Any]],
             [read_fold(fold_folder(folder, ALL) / FOLD_FILE)] if member.ship == "all" else read_folds(folder)
         )
         for record in records:
-            keys = differing_keys(settings, from_dict(record["config"], f"{folder}, fold {record['fold']}"))
-            if keys:
+            used = from_dict(record["config"], f"{folder}, fold {record['fold']}")
+            used.distil.teachers = settings.distil.teachers  # named by `distil --teacher`, not by the recipe
+            if keys := differing_keys(settings, used):
                 raise RunError(
                     f"{folder}, fold {record['fold']}: was trained with other settings than the recipe in "
                     f"{', '.join(keys)}; name the recipe of this run, or another --run"

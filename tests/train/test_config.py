@@ -58,6 +58,7 @@ def test_a_path_with_a_number_sign_is_no_comment():
         ("optim.lr", "expected key=value"),
         ("=3", "expected key=value"),
         ("loss.focal=0", r"^loss\.focal is 0, expected one of"),
+        ("postprocess.crf={smooth_px:", "is no YAML; quote key=value"),
     ],
 )
 def test_a_wrong_setting_is_named(override, message):

@@ -6,7 +6,7 @@ import torch
 from train_helpers import SMOKE, smoke_config
 
 from prep.store import TileStore
-from solution import valid_mask
+from solution import load_model, valid_mask
 from train.__main__ import main
 from train.config import AugmentConfig, DataConfig, change_config
 from train.data import CropDataset
@@ -127,7 +127,9 @@ def test_a_student_without_teachers_is_the_network_of_its_labels(smoke_run, stor
     assert all(torch.allclose(taught[name].float(), alone[name].float(), atol=1e-5) for name in alone)
 
 
-def test_the_command_trains_students_that_are_scored_like_any_run(smoke_run, store, tmp_path, capsys):
+def test_the_command_trains_students_that_are_scored_and_packed_like_any_run(
+    smoke_run, store, tmp_path, capsys
+):
     recipe = tmp_path / "student.yaml"
     recipe.write_text(f"base: {SMOKE}\nmembers: {{student: {{ship: all}}}}\n")
     run = tmp_path / "run"
@@ -140,6 +142,8 @@ def test_the_command_trains_students_that_are_scored_like_any_run(smoke_run, sto
     assert record["config"]["distil"]["teachers"] == [str(smoke_run)]
     assert main(["score", *common]) == 0
     assert "extent MCC, out of fold" in capsys.readouterr().out
+    assert main(["pack", *common, "--out", str(tmp_path / "model.pth")]) == 0
+    assert len(load_model(tmp_path / "model.pth").members) == 1
 
 
 def test_a_student_needs_a_teacher(store, tmp_path, capsys):
