@@ -117,6 +117,8 @@ def measure(evidence: Evidence) -> list[Row]:
         for views in sorted({1, member.views}):
             alone = {name: replace(member, views=views)}
             add(f"{name} alone, {views} view{'s' * (views > 1)}", evidence.of_members(alone))
+    for name in members if len(members) > 2 else ():
+        add(f"without {name}", evidence.of_members({n: m for n, m in members.items() if n != name}))
     if len(members) > 1:
         add("mean of logits, not of probabilities", evidence.mean_of_logits)
     add("without the network of the kind", after=replace(steps, debris_bias=-100.0))

@@ -8,8 +8,8 @@ from train_helpers import SMOKE, smoke_config
 
 import solution
 from train.__main__ import main
-from train.config import PostprocessConfig
-from train.ensemble import Evidence, objective
+from train.config import Config, MemberConfig, PostprocessConfig
+from train.ensemble import Evidence, measure, objective
 from train.objective import TileCounts, count_tile
 
 
@@ -72,6 +72,20 @@ def test_one_member_alone_is_its_own_mean(evidence):
         SimpleNamespace(run_dir=evidence.run_dir, members={"north": evidence.members["north"]}), "001"
     )
     assert np.allclose(alone, from_logits, atol=1e-6)
+
+
+def test_of_three_members_each_is_left_out_in_turn():
+    evidence = SimpleNamespace(
+        config=Config(),
+        members={name: MemberConfig() for name in "abc"},
+        of_members="".join,
+        mean_of_logits="",
+        count=lambda extent, steps: extent,
+        nested=lambda options: "",
+    )
+    left_out = {row.name: row.counts for row in measure(evidence) if row.name.startswith("without ")}
+    assert left_out.pop("without the network of the kind") == "abc"
+    assert left_out == {"without a": "bc", "without b": "ac", "without c": "ab"}
 
 
 def test_the_command_reports_every_part_with_its_interval(smoke_run, store, tmp_path, capsys):
