@@ -64,7 +64,7 @@ demo: setup ## the whole kit on synthetic scenes, with the shipped weights: mask
 
 predict: setup ## masks for the tiles in IN, into OUT, with all passes
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make predict IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }
-	$(PY) solution.py "$(IN)" "$(OUT)" --weights "$(WEIGHTS)" --time-budget inf
+	$(PY) "$(or $(wildcard $(dir $(WEIGHTS))solution.py),solution.py)" "$(IN)" "$(OUT)" --weights "$(WEIGHTS)" --time-budget inf
 
 preview: setup ## pictures of the tiles in IN into OUT: image, outlines, areas; of MASKS, else by WEIGHTS; LABELS= beside
 	@test -n "$(IN)" -a -n "$(OUT)" || { echo "make preview IN=<folder with Band1 ... Band5> OUT=<folder>"; exit 2; }

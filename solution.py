@@ -210,7 +210,7 @@ def build_network(arch: Mapping) -> nn.Module:
     """
     if arch["name"] not in NETWORKS:
         here = f"network {arch['name']!r} is not among {', '.join(NETWORKS)} of this solution.py"
-        raise InputError(f"{here}; use the solution.py that `make submission` writes beside such a model")
+        raise InputError(f"{here}; use the one that `python -m train pack` wrote beside such a model")
     sizes = {"in_channels": len(BANDS), "classes": 1, "encoder_weights": None}
     return NETWORKS[arch["name"]](**{**arch.get("args", {}), **sizes})
 

@@ -69,7 +69,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it was", file=sys.stderr)
         return 130
-    except KitError as error:
+    except (KitError, OSError) as error:  # the latter: no permission, a full disk, a name that is taken
         print(f"python -m train {given[0]}: {in_words_of_caller(str(error))}", file=sys.stderr)
         return 2
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from prep.store import TileStore
-from solution import read_model_file, warn
+from solution import KitError, read_model_file, warn
 from train.config import Config, load_config, members_of
 from train.objective import interval_text
 from train.run import KIND_FOLDER, parse_folds
@@ -131,6 +131,10 @@ def run_pack(arguments: argparse.Namespace) -> int:
     content = read_model_file(arguments.out)
     if assemble(content) != SOLUTION.read_text(encoding="utf-8"):
         beside = arguments.out.with_name("solution.py")
+        if beside.resolve() == SOLUTION:
+            raise KitError(
+                f"{beside}: is the kit's own, and this model needs another; give --out in another folder"
+            )
         write_solution(content, beside)
         print(
             f"{beside} written: this model needs it in the place of the kit's own (make submission takes it)"

@@ -234,9 +234,14 @@ def load_config(path: Union[str, Path, None] = None, overrides: Sequence[str] = 
     for file in [] if path is None else _with_bases(Path(path)):
         changes = _read_yaml(file)
         changes.pop("base", None)
+        if changes.get("members") is not None:
+            tree.members = {}  # a file's members replace those of its base
         tree = _merge(tree, changes, str(file))
     for override in overrides:
-        tree = _merge(tree, parse_override(override), f"command line ({override})")
+        changes = parse_override(override)
+        for name in changes.get("members") or ():
+            _require(name in tree.members, "members", name, f"one of {', '.join(tree.members)}")
+        tree = _merge(tree, changes, f"command line ({override})")
     return _finish(tree, str(path))
 
 
@@ -261,6 +266,7 @@ def members_of(config: Config) -> dict[str, tuple[MemberConfig, Config]]:
     plain = from_dict(groups, "recipe")
     members: dict[str, tuple[MemberConfig, Config]] = {}
     for name, member in (config.members or {"unet": MemberConfig()}).items():
+        _require(name != "kind", "members", name, "another name: that folder of a run is the kind's")
         settings = change_config(plain, member.settings, f"members.{name}.settings")
         many = member.views == 1 or settings.augment.every_direction
         _require(many, f"members.{name}.views", member.views, "1 without flip and rot90")
@@ -487,7 +493,7 @@ def _merge(tree: DictConfig, changes: DictConfig, source: str) -> DictConfig:
     """Merge with OmegaConf, whose errors become one line that says where, what and what is allowed.
 
     A network's arguments mean nothing to another: changes that give both its name and its arguments replace
-    all arguments, where others only add to them. Members that are named replace those of the base.
+    all arguments, where others only add to them.
     """
     for name in changes:
         group = str(name)
@@ -498,8 +504,6 @@ def _merge(tree: DictConfig, changes: DictConfig, source: str) -> DictConfig:
         tree = tree.copy()
         if {"name", "args"} <= set(changes.get("model") or ()):
             tree.model.args = {}
-        if changes.get("members") is not None:
-            tree.members = {}
         merged = OmegaConf.merge(tree, changes)
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise ConfigError(f"{source}: {_explain_unknown(tree, error.full_key)}") from error

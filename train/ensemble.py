@@ -7,6 +7,7 @@ other folds, so that choosing does not flatter it.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Mapping, NamedTuple, Sequence
@@ -132,7 +133,7 @@ def measure(evidence: Evidence) -> list[Row]:
         ),
     ):
         rows.append(Row(name, evidence.nested(options)))
-        print(f"{name}: scored", flush=True)
+        print(f"{name}: scored", file=sys.stderr)
     return rows
 
 

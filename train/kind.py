@@ -43,7 +43,6 @@ from train.run import (
     fold_folder,
     is_fresh,
     read_fold,
-    read_record,
 )
 
 CPU = torch.device("cpu")
@@ -118,21 +117,31 @@ def as_kind_net(first: nn.Linear, last: nn.Linear, mean: Tensor, std: Tensor) ->
     return net.eval()
 
 
+def _made_by(config: Config, store: TileStore) -> dict:
+    """Return what decides a network of the kind, besides its fold."""
+    return {"settings": to_dict(config.kind), "scheme": config.data.scheme, "fingerprint": store.fingerprint}
+
+
+def read_kind(config: Config, store: TileStore, path: Path) -> dict:
+    """Return the record of a fold. RunError where it is missing, or of other settings or labels than a recipe's."""
+    record, expected = read_fold(path), _made_by(config, store)
+    if {key: record.get(key) for key in expected} != expected:
+        raise RunError(
+            f"{path}: was made with other settings or labels; remove {path.parents[1]} to make it again"
+        )
+    return record
+
+
 def fit_kind(config: Config, folder: Path, folds: Sequence[Fold]) -> None:
     """Fit the network of the kind of each fold in `folder`/fold<k>/fold.pt; finished folds are kept.
 
     Raises DataError where the training tiles show only one kind.
     """
     store = TileStore(config.data.store)
-    whole = {"settings": to_dict(config.kind), "scheme": config.data.scheme, "fingerprint": store.fingerprint}
     for fold in folds:
         path = fold_folder(folder, fold) / FOLD_FILE
         if path.is_file():
-            record = read_record(path)
-            if {key: record.get(key) for key in whole} != whole:
-                raise RunError(
-                    f"{path}: was made with other settings or labels; remove {folder} to make it again"
-                )
+            read_kind(config, store, path)
             continue
         train_ids, val_ids = split_tiles(store, config.data.scheme, fold)
         statistics = compute(store, train_ids)
@@ -155,7 +164,7 @@ def fit_kind(config: Config, folder: Path, folds: Sequence[Fold]) -> None:
             "normalization": normalization,
             "pixels": {"debris": debris, "clean": len(pixels.debris) - debris},
             "state_dict": network.state_dict(),
-            **whole,
+            **_made_by(config, store),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, partial(torch.save, record))

@@ -24,10 +24,12 @@ from solution import (
     load_state,
     merge_batchnorms,
 )
-from train.config import Config, differing_keys, from_dict, members_of, to_text
+from train.config import Config, members_of, to_text
+from train.data import folds_of_scheme
+from train.kind import read_kind
 from train.networks import network_class
 from train.objective import code_names, score_intervals, score_tiles
-from train.predict import predict_run
+from train.predict import predict_run, require_made_by
 from train.report.scores import count_run
 from train.run import ALL, FOLD_FILE, KIND_FOLDER, RunError, fold_folder, read_fold, read_folds, versions
 
@@ -94,7 +96,9 @@ def as_stored(record: Mapping, weight: float) -> dict[str, Any]:
     }
 
 
-def stored_members(run_dir: Path, config: Config) -> tuple[list[dict[str, Any]], list[list[int]]]:
+def stored_members(
+    run_dir: Path, config: Config, store: TileStore
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """Return the members of model.pth and the passes over them.
 
     First every network in one view, in the order of the recipe; then further views of members that have some.
@@ -107,13 +111,12 @@ def stored_members(run_dir: Path, config: Config) -> tuple[list[dict[str, Any]],
             [read_fold(fold_folder(folder, ALL) / FOLD_FILE)] if member.ship == "all" else read_folds(folder)
         )
         for record in records:
-            used = from_dict(record["config"], f"{folder}, fold {record['fold']}")
-            used.distil.teachers = settings.distil.teachers  # named by `distil --teacher`, not by the recipe
-            if keys := differing_keys(settings, used):
-                raise RunError(
-                    f"{folder}, fold {record['fold']}: was trained with other settings than the recipe in "
-                    f"{', '.join(keys)}; name the recipe of this run, or another --run"
-                )
+            require_made_by(settings, store, record, folder)
+        late = {ALL} if member.ship == ALL else set(folds_of_scheme(store, settings.data.scheme))
+        if late := late - {record["fold"] for record in records}:
+            raise RunError(
+                f"{folder}: fold {', '.join(map(str, sorted(late)))} not finished; train it with `fit`"
+            )
         members += [as_stored(record, member.weight / len(records)) for record in records]
         views += [member.views] * len(records)
     passes = [
@@ -122,9 +125,9 @@ def stored_members(run_dir: Path, config: Config) -> tuple[list[dict[str, Any]],
     return members, passes
 
 
-def stored_kind(run_dir: Path) -> dict[str, Any]:
+def stored_kind(run_dir: Path, config: Config, store: TileStore) -> dict[str, Any]:
     """Return the network of the kind that was trained on all tiles, as model.pth holds it."""
-    record = read_fold(fold_folder(run_dir / KIND_FOLDER, ALL) / FOLD_FILE)
+    record = read_kind(config, store, fold_folder(run_dir / KIND_FOLDER, ALL) / FOLD_FILE)
     return {key: record[key] for key in ("arch", "fold", "state_dict")} | {
         "weight": 1.0,
         "normalization": stored_normalization(record),
@@ -140,11 +143,12 @@ def pack(run_dir: Path, config: Config, out: Path, command: str) -> Path:
     Raises RunError where a fold is missing or the file would be larger than `pack.max_mb`.
     """
     run_dir, out, store = Path(run_dir), Path(out), TileStore(config.data.store)
-    members, passes = stored_members(run_dir, config)
+    members, passes = stored_members(run_dir, config, store)
+    scores = scores_of(run_dir, config, store)
     content = {
         "format": MODEL_FORMAT,
         "members": members,
-        "kind": stored_kind(run_dir),
+        "kind": stored_kind(run_dir, config, store),
         "passes": passes,
         "postprocess": vars(config.postprocess),
         "time_budget": config.pack.time_budget,
@@ -169,7 +173,7 @@ def pack(run_dir: Path, config: Config, out: Path, command: str) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     card = out.with_name(f"{out.stem}_card.md")
-    write_text(card, model_card(content, out, scores_of(run_dir, config, store)))
+    write_text(card, model_card(content, out, scores))
     return card
 
 

@@ -22,7 +22,15 @@ from solution import (
     usable_cores,
 )
 from train import kind
-from train.config import Config, MemberConfig, PostprocessConfig, members_of
+from train.config import (
+    Config,
+    MemberConfig,
+    PostprocessConfig,
+    differing_keys,
+    from_dict,
+    members_of,
+    to_dict,
+)
 from train.networks import network_class
 from train.run import (
     FOLD_FILE,
@@ -93,11 +101,26 @@ def extent_out_of_fold(run_dir: Path, tile: str, members: Mapping[str, MemberCon
     return (torch.stack(maps) * weights[:, None, None]).sum(dim=0) / weights.sum()
 
 
+def require_made_by(config: Config, store: TileStore, record: Mapping, folder: Path) -> None:
+    """Raise RunError where a member's network was trained with other settings, or on other tiles than a store's."""
+    used, fold = from_dict(record["config"], str(folder)), f"{folder}, fold {record['fold']}"
+    used.distil.teachers = config.distil.teachers  # named by `distil --teacher`, not by the recipe
+    if keys := differing_keys(config, used):
+        raise RunError(
+            f"{fold}: was trained with other settings than the recipe in {', '.join(keys)}; name the recipe of this "
+            "run with --recipe, or another --run"
+        )
+    if record["fingerprint"] != store.fingerprint:
+        raise RunError(f"{fold}: was trained on other tiles than {store.folder} holds now; train it again")
+
+
 def score_inputs(run_dir: Path, config: Config, store: TileStore) -> dict[str, int]:
     """Predict every held-out tile with every member and the kind; return the fold of each tile that all have."""
     run_dir = Path(run_dir)
     common: dict[str, int] = {}
-    for number, name in enumerate(members_of(config)):
+    for number, (name, (_, settings)) in enumerate(members_of(config).items()):
+        for record in read_folds(run_dir / name):
+            require_made_by(settings, store, record, run_dir / name)
         predict_member(run_dir / name, store)
         of_member = {t: record["fold"] for record in read_folds(run_dir / name) for t in record["val_tiles"]}
         common = {t: fold for t, fold in of_member.items() if number == 0 or common.get(t) == fold}
@@ -123,10 +146,13 @@ def predict_run(run_dir: Path, config: Config, store: TileStore) -> dict[str, in
     fold_of = score_inputs(run_dir, config, store)
     members = {name: member for name, (member, _) in members_of(config).items()}
     (run_dir / OOF_FOLDER).mkdir(exist_ok=True)
+    for path in (run_dir / OOF_FOLDER).glob("*.npy"):
+        path.unlink()  # of another ensemble, where a member was added
     for tile in fold_of:
         extent = extent_out_of_fold(run_dir, tile, members)
         probs = probabilities_out_of_fold(run_dir, tile, extent, config.postprocess)
         write_array(run_dir / OOF_FOLDER / f"{tile}.npy", probs.astype(np.float16))
     about = {"model": "ensemble", "scheme": config.data.scheme, "seed": config.train.seed, "fold_of": fold_of}
+    about |= {group: to_dict(config)[group] for group in ("members", "kind", "postprocess")}
     write_json(run_dir / RUN_FILE, about)
     return fold_of

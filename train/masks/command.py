@@ -65,6 +65,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Score a folder of masks as the organisers do."""
+    weights = arguments.weights and find_weights(arguments.weights)
     scores = score_masks(
         arguments.pred,
         arguments.labels,
@@ -74,7 +75,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         tiles=arguments.tiles,
     )
     print(format_scores(scores))
-    if arguments.weights and (seen := describe_seen(arguments.weights, list(scores["by_tile"]))):
+    if weights and (seen := describe_seen(weights, list(scores["by_tile"]))):
         warn(seen)
     if arguments.json:
         write_json(arguments.json, scores)

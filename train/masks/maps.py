@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from prep.files import write_json, write_text
 from prep.hkh.prepare import Resources, backend
-from solution import CLASS_NAMES, InputError, load_model, prepare_torch, usable_cores, warn
+from solution import CLASS_NAMES, InputError, prepare_torch, usable_cores, warn
 from train.masks.georeference import class_km2, count_values
 from train.masks.outlines import glacier_polygons, lake_polygons, write_geopackage
 from train.masks.page import Map, map_page
@@ -33,10 +33,12 @@ from train.masks.strips import (
     strip_edges,
     window_columns,
 )
+from train.networks import load_any_model
 from train.objective import DEBRIS, GLACIER
 
 PARTS = ".parts"  # finished strips of a run, until its map is complete
 SUMMARY, PAGE, POLYGONS = "map.json", "map.html", "glaciers.gpkg"
+RASTERS = ("classes.tif", "probabilities.tif", "confidence.tif")
 CLASS_VALUES = {code: (code, name) for code, name in enumerate(CLASS_NAMES)}
 
 
@@ -85,7 +87,7 @@ def map_scene(scene: Scene, folder: Path, settings: Settings, threads: int = 1, 
     """
     started, made_of = time.perf_counter(), _made_of(scene, settings)
     before = _read_json(folder / SUMMARY)
-    if before.get("made_of") == made_of:
+    if before.get("made_of") == made_of and all((folder / name).is_file() for name in (*RASTERS, PAGE)):
         return before
     check_units(scene)
     asked = _area_of_interest(scene, settings.aoi) if settings.aoi else None
@@ -94,7 +96,7 @@ def map_scene(scene: Scene, folder: Path, settings: Settings, threads: int = 1, 
         shutil.rmtree(parts, ignore_errors=True)
         write_json(parts / SUMMARY, made_of)
     prepare_torch(threads)
-    model = load_model(settings.weights)
+    model = load_any_model(settings.weights)
     found = _Found(scene)
     windows = (len(strip_edges(scene)) - 1) * len(window_columns(scene))
     with tqdm(total=windows, unit="window", desc=scene.name, disable=None if bar else True) as progress:
@@ -203,6 +205,7 @@ def _summarise(
         "km2": None if km2 is None else {name: float(km2[code]) for code, name in enumerate(CLASS_NAMES)},
         "glaciers": None,
     }
+    (folder / POLYGONS).unlink(missing_ok=True)  # another scene's
     if scene.place is None:
         warn(f"{scene.name}: no georeference, so there are neither polygons nor areas")
         return summary

@@ -20,7 +20,6 @@ from solution import (
     Model,
     TileFiles,
     find_tiles,
-    load_model,
     prepare_torch,
     usable_cores,
     warn,
@@ -36,9 +35,10 @@ from train.masks.pictures import (
     paint_codes,
     save_figure,
 )
-from train.masks.scene import tile_scene
+from train.masks.scene import check_units, tile_scene
 from train.masks.score import read_label_set
 from train.masks.strips import NODATA, STEPS, class_confidence, finish_classes, picture_step, predict_strips
+from train.networks import load_any_model
 from train.objective import DEBRIS, GLACIER, LAKE, OTHER
 
 THERMAL = [band.name for band in BANDS].index("thermal")
@@ -84,6 +84,8 @@ def open_view(
     """
     try:
         scene = tile_scene(tile)
+        if model:
+            check_units(scene)
         step, strips = picture_step(scene), []
         for strip in predict_strips(model, scene):
             small = strip.probabilities[:, -strip.top % step :: step, ::step].copy()
@@ -234,7 +236,7 @@ def write_quicklooks(
     tiles, known = find_tiles(data), read_label_set(labels, None) if labels else None
     if weights:
         prepare_torch(usable_cores())
-    model = load_model(weights) if weights else None
+    model = load_any_model(weights) if weights else None
     only_sheet = out.suffix.lower() == ".png"
     sheet, written, thumbnails = out if only_sheet else out / "contact_sheet.png", [], []
     for tile in tqdm(tiles, desc="pictures", unit="tile", disable=None):

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from prep.files import write_json
 from prep.store import TileStore, name_some
 from solution import CLASS_NAMES, KitError, decide_classes
-from train.config import flatten
+from train.config import NETWORK_GROUPS, flatten
 from train.objective import N_CLASSES, TileCounts, code_names, count_tiles, pool, score_intervals, score_tiles
 from train.run import CONFIG_FILE, OOF_FOLDER, RUN_FILE, SCORES_FILE
 
@@ -99,7 +99,8 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
         member = path.parent.parent.relative_to(run_dir).as_posix()
         prefix = "" if member == "." else f"{member}: "
         flat = flatten(OmegaConf.to_container(OmegaConf.load(path)))
-        settings = {f"{prefix}{key}": value for key, value in flat.items()} | settings
+        own = {key: value for key, value in flat.items() if key.split(".")[0] in NETWORK_GROUPS}
+        settings = {f"{prefix}{key}": value for key, value in own.items()} | settings
     return settings
 
 
