@@ -173,14 +173,14 @@ def list_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return files, problems
 
 
-def survey(folder: Path) -> tuple[list[LabelFile], list[str]]:
-    """Read every label file of a folder; return (label files sorted by tile id, problems found).
+def survey(folder: Path, only: Optional[Iterable[str]] = None) -> tuple[list[LabelFile], list[str]]:
+    """Read every label file of a folder, or those of the tiles `only`; return (them by tile id, problems found).
 
     A folder that does not exist has none. Problems are unreadable files and two files for one tile.
     """
     files, problems = list_files(folder)
     labels = []
-    for identifier in sorted(files):
+    for identifier in sorted(files if only is None else files.keys() & set(only)):
         try:
             pixels = read_label(files[identifier])
             values, counts = np.unique(pixels, return_counts=True)

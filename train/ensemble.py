@@ -1,4 +1,4 @@
-"""What each part of an ensemble is worth, out of fold: members, views, ways to average, steps after the networks.
+"""What each part of an ensemble is worth, out of fold: members, views, steps after the networks.
 
 Everything is scored on tiles that no network involved has seen, and the recipe's own choice is the reference that
 the others are compared with. A step with a setting is scored nested: each fold with the setting that was best on the
@@ -21,7 +21,7 @@ from prep.text import markdown_table
 from solution import Crf, clean_classes, decide_classes, normalize, refine_with_crf, valid_mask
 from train.config import Config, MemberConfig, PostprocessConfig, members_of
 from train.objective import TileCounts, count_tiles, difference_intervals, interval_text, score_intervals
-from train.predict import extent_out_of_fold, load_views, probabilities_out_of_fold, score_inputs
+from train.predict import extent_out_of_fold, probabilities_out_of_fold, score_inputs
 from train.run import read_folds
 
 EXTENT_BIASES = tuple(round(0.1 * step, 1) for step in range(-10, 11))
@@ -80,14 +80,6 @@ class Evidence:
         """Return the extent by some members, averaged as the submission does."""
         return lambda tile: extent_out_of_fold(self.run_dir, tile, members)
 
-    def mean_of_logits(self, tile: str) -> torch.Tensor:
-        """Return the extent by all members with logits averaged in the place of probabilities."""
-        maps = [
-            load_views(self.run_dir / n, tile, m.views).mean(dim=0) * m.weight
-            for n, m in self.members.items()
-        ]
-        return (torch.stack(maps).sum(dim=0) / sum(m.weight for m in self.members.values())).sigmoid()
-
     def nested(self, options: Sequence[PostprocessConfig]) -> list[TileCounts]:
         """Count each fold's tiles with the option that scores best on the other folds."""
         extent = self.of_members(self.members)
@@ -120,8 +112,6 @@ def measure(evidence: Evidence) -> list[Row]:
             add(f"{name} alone, {views} view{'s' * (views > 1)}", evidence.of_members(alone))
     for name in members if len(members) > 2 else ():
         add(f"without {name}", evidence.of_members({n: m for n, m in members.items() if n != name}))
-    if len(members) > 1:
-        add("mean of logits, not of probabilities", evidence.mean_of_logits)
     add("without the network of the kind", after=replace(steps, debris_bias=-100.0))
     for name, options in (
         ("bias of the extent, nested", [replace(steps, extent_bias=bias) for bias in EXTENT_BIASES]),

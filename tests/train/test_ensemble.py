@@ -66,20 +66,11 @@ def test_classes_follow_the_steps(evidence):
     assert evidence.classes("000", probability, steps).shape == (96, 96)
 
 
-def test_one_member_alone_is_its_own_mean(evidence):
-    alone = evidence.of_members({"north": evidence.members["north"]})("001")
-    from_logits = Evidence.mean_of_logits(
-        SimpleNamespace(run_dir=evidence.run_dir, members={"north": evidence.members["north"]}), "001"
-    )
-    assert np.allclose(alone, from_logits, atol=1e-6)
-
-
 def test_of_three_members_each_is_left_out_in_turn():
     evidence = SimpleNamespace(
         config=Config(),
         members={name: MemberConfig() for name in "abc"},
         of_members="".join,
-        mean_of_logits="",
         count=lambda extent, steps: extent,
         nested=lambda options: "",
     )
@@ -97,7 +88,6 @@ def test_the_command_reports_every_part_with_its_interval(smoke_run, store, tmp_
         "the recipe",
         "north alone, 1 view",
         "turned alone, 2 views",
-        "mean of logits",
         "CRF, nested",
     ):
         assert f"| {row}" in text

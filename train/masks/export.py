@@ -21,7 +21,7 @@ from solution import (
     to_mask,
     warn,
 )
-from train.masks.files import read_mask
+from train.masks.files import Masks, read_mask, survey_masks
 from train.masks.georeference import Georeference, georeference_of, open_raster
 from train.masks.outlines import to_polygons, write_geopackage
 from train.masks.rasters import Layout, write_raster
@@ -59,12 +59,12 @@ def export_masks(masks: Path, data: Path, out: Path) -> Exported:
     tiles = find_tiles(data)
     if out.is_dir() and masks.is_dir() and out.samefile(masks):
         raise InputError(f"{out}: holds the masks to export, which would be overwritten; name another folder")
-    out = prepare_output(out, data)
+    found, out = survey_masks(masks, only=[tile.tile_id for tile in tiles]), prepare_output(out, data)
     for tile in tiles:  # all are checked before any is written
-        _read_fitting(masks, tile)
+        _read_fitting(found, tile)
     rasters, frames, without = [], [], []
     for tile in tqdm(tiles, desc="masks", unit="tile", disable=None):
-        classes, place = _read_fitting(masks, tile)
+        classes, place = _read_fitting(found, tile)
         layout = Layout(classes.shape, ("glacier class",), values=VALUES)  # no nodata: 0 is other or not seen
         rasters.append(
             write_raster(out / f"{tile.tile_id}.tif", place, layout, [(0, to_mask(classes)[None])])
@@ -82,7 +82,7 @@ def export_masks(masks: Path, data: Path, out: Path) -> Exported:
     return Exported(rasters, layers, write_geopackage(layers, out / POLYGON_FILE), without)
 
 
-def _read_fitting(masks: Path, tile: TileFiles) -> tuple[np.ndarray, Optional[Georeference]]:
+def _read_fitting(masks: Masks, tile: TileFiles) -> tuple[np.ndarray, Optional[Georeference]]:
     """Return a tile's class indices (H, W), of the size of its bands, and the place that these state."""
     places, shapes = [], []
     for path in filter(None, tile.paths):

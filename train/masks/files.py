@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Mapping, NamedTuple, Optional, Sequence
+from typing import Iterable, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from prep import label_files
 from prep.label_files import LabelFile
-from solution import CLASS_VALUES, InputError, TileError, TileFiles
+from prep.store import name_some
+from solution import InputError, TileFiles
 from train.masks.georeference import describe
 from train.objective import GLACIER, OTHER
 
@@ -29,24 +30,25 @@ class Masks(NamedTuple):
     values: str
 
 
-def survey_masks(folder: Path, values: Optional[str] = None) -> Masks:
+def survey_masks(folder: Path, values: Optional[str] = None, only: Optional[Iterable[str]] = None) -> Masks:
     """Read a folder of masks, TIFF or PNG, and check what is in it.
 
     Args:
         folder: searched without its subfolders.
         values: CLASSES or EXTENT; None to tell it: classes where 85 or 170 occurs in any mask or where 255
             covers so little that it can be lakes.
+        only: tile ids; other files are not read. None for all.
 
     Raises:
         InputError: lists every problem: no masks, unreadable ones, two for a tile, unknown values.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected masks, one PNG or TIFF a tile")
-    masks, problems = label_files.survey(folder)
+    masks, problems = label_files.survey(folder, only)
     values = values or tell_values(masks)
     problems += [fault for mask in masks if (fault := _value_fault(mask, values))]
     if not masks and not problems:
-        problems = [f"{folder}: no PNG or TIFF in it; write masks with `python solution.py IN {folder}`"]
+        problems = [f"{folder}: no mask of a tile in it; write masks with `python solution.py IN {folder}`"]
     raise_problems(problems)
     return Masks({mask.tile_id: mask for mask in masks}, values)
 
@@ -64,32 +66,22 @@ def read_classes(mask: LabelFile, values: str) -> np.ndarray:
     return label_files.to_codes(pixels, "phase2")
 
 
-def read_mask(masks: Path, tile: TileFiles, shape: Sequence[int]) -> np.ndarray:
-    """Return the class indices (H, W) uint8 of the mask of a tile of this shape, found in a folder by its tile id.
+def read_mask(masks: Masks, tile: TileFiles, shape: Sequence[int]) -> np.ndarray:
+    """Return the class indices (H, W) uint8 of the mask of a tile of this shape, found by its tile id.
 
-    Raises:
-        InputError: there is none, two have this id, or it has other values than a mask's or another size.
+    Raises InputError where there is none, or it has another size.
     """
-    found, twice = label_files.list_files(masks)
-    raise_problems(twice)
-    path = found.get(tile.tile_id)
-    if path is None:
+    mask = masks.files.get(tile.tile_id)
+    if mask is None:
+        found = name_some(sorted(masks.files))
         raise InputError(
-            f"{masks}: no mask for {tile.name} (tile id {tile.tile_id}); write it with `python solution.py`"
+            f"no mask for {tile.name} (tile id {tile.tile_id}) among {found}; write it with solution.py"
         )
-    try:
-        pixels = label_files.read_label(path)
-    except TileError as error:
-        raise InputError(str(error)) from error
-    if not all(
-        np.isin(row, CLASS_VALUES).all() for row in pixels
-    ):  # a scene at once takes eight bytes a pixel
-        raise InputError(f"{path}: is no mask, expected one band of the values {CLASS_VALUES}")
-    if pixels.shape != tuple(shape):
+    if mask.shape != tuple(shape):
         raise InputError(
-            f"{path}: {describe(pixels.shape)}, expected {describe(shape)} as in {tile.name}; write it at that size"
+            f"{mask.path}: {describe(mask.shape)}, expected {describe(shape)} as in {tile.name}; write it at that size"
         )
-    return label_files.to_codes(pixels, "phase2")
+    return read_classes(mask, masks.values)
 
 
 def raise_problems(problems: Sequence[str]) -> None:

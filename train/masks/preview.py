@@ -24,7 +24,7 @@ from solution import (
     usable_cores,
     warn,
 )
-from train.masks.files import read_mask
+from train.masks.files import Masks, read_mask, survey_masks
 from train.masks.georeference import Georeference, class_km2, count_values, describe
 from train.masks.pictures import (
     CODE_COLOURS,
@@ -73,7 +73,7 @@ class View(NamedTuple):
 
 
 def open_view(
-    tile: TileFiles, masks: Optional[Path], model: Optional[Model], labels: Optional[Labels] = None
+    tile: TileFiles, masks: Optional[Masks], model: Optional[Model], labels: Optional[Labels] = None
 ) -> View:
     """Return the view of a tile: its mask from a folder, else by the model; its confidence by the model.
 
@@ -237,10 +237,11 @@ def write_quicklooks(
     if weights:
         prepare_torch(usable_cores())
     model = load_any_model(weights) if weights else None
+    found = survey_masks(masks, only=[tile.tile_id for tile in tiles]) if masks else None
     only_sheet = out.suffix.lower() == ".png"
     sheet, written, thumbnails = out if only_sheet else out / "contact_sheet.png", [], []
     for tile in tqdm(tiles, desc="pictures", unit="tile", disable=None):
-        view = open_view(tile, masks, model, known)
+        view = open_view(tile, found, model, known)
         if not only_sheet:
             written.append(save_figure(draw_quicklook(view), out / f"{view.tile_id}.png"))
         thumbnails.append(make_thumbnail(view))

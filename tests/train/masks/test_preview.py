@@ -15,7 +15,7 @@ import solution
 from prep.synthetic.scenes import write_sample
 from train.masks import command
 from train.masks import preview as quicklook
-from train.masks.files import read_mask
+from train.masks.files import read_mask, survey_masks
 from train.masks.georeference import Georeference, class_km2, describe
 from train.masks.pictures import false_colour
 from train.masks.score import read_label_set
@@ -108,7 +108,7 @@ def test_pictures_of_a_folder_and_their_order(sample, tmp_path, monkeypatch):
 def test_a_label_is_drawn_beside_the_mask(sample):
     data, masks = sample
     tile = solution.find_tiles(data)[0]
-    view = quicklook.open_view(tile, masks, None, read_label_set(data, None))
+    view = quicklook.open_view(tile, survey_masks(masks), None, read_label_set(data, None))
     valid = view.codes != 255
     assert (view.label[valid] == view.codes[valid]).all()  # the masks are the labels
     figure = quicklook.draw_quicklook(view)
@@ -159,7 +159,7 @@ def run(*arguments) -> int:
 def test_what_is_missing_is_said(sample, tmp_path):
     with pytest.raises(solution.InputError, match="give --masks FOLDER, --weights model.pth, or both"):
         run("--data", sample[0], "--out", tmp_path)
-    with pytest.raises(solution.InputError, match=r"no mask for img001\.tif"):
+    with pytest.raises(solution.InputError, match="no mask of a tile in it"):
         quicklook.write_quicklooks(sample[0], tmp_path, tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_a_broken_tile_is_shown_white(sample, tmp_path, capsys):
     write_tile(tmp_path / "data", "001", np.full((64, 64, 5), 30000.0))
     (tmp_path / "data" / "Band3" / "img001.tif").unlink()
     tile = solution.find_tiles(tmp_path / "data")[0]
-    view = quicklook.open_view(tile, sample[1], None)
+    view = quicklook.open_view(tile, survey_masks(sample[1], only=[tile.tile_id]), None)
     assert (false_colour(view.image) == 255).all()
     assert "its picture stays white" in capsys.readouterr().err
 
@@ -175,7 +175,19 @@ def test_a_broken_tile_is_shown_white(sample, tmp_path, capsys):
 def test_masks_are_found_by_tile_id_whatever_their_name(tmp_path):
     tile = solution.TileFiles("02_07", "B2_B2_masked_02_07.tif", (None,) * 5)
     cv2.imwrite(str(tmp_path / "prediction_02_07.png"), np.full((8, 8), 170, np.uint8))
-    assert (read_mask(tmp_path, tile, (8, 8)) == 2).all()
+    assert (read_mask(survey_masks(tmp_path), tile, (8, 8)) == 2).all()
     cv2.imwrite(str(tmp_path / "prediction_02_07.png"), np.full((8, 8), 17, np.uint8))
-    with pytest.raises(solution.InputError, match="is no mask"):
-        read_mask(tmp_path, tile, (8, 8))
+    with pytest.raises(solution.InputError, match="found 17 .*; expected 0"):
+        survey_masks(tmp_path)
+
+
+def test_masks_of_an_extent_are_glacier_and_no_lakes(tmp_path):
+    tile = solution.TileFiles("02_07", "B2_B2_masked_02_07.tif", (None,) * 5)
+    cv2.imwrite(str(tmp_path / "02_07.png"), np.repeat(np.uint8([[0, 255]]), 8, axis=0))
+    assert (read_mask(survey_masks(tmp_path), tile, (8, 2)) == [0, 1]).all()
+
+
+def test_a_tile_in_other_units_is_not_segmented_as_if_it_were_level_2(tmp_path, capsys):
+    write_tile(tmp_path, "001", np.full((64, 64, 5), [0.5, 0.5, 0.5, 0.1, 260.0]), dtype=np.float32)
+    quicklook.open_view(solution.find_tiles(tmp_path)[0], None, tiny_model())
+    assert "look like reflectance" in capsys.readouterr().err
