@@ -124,6 +124,8 @@ def score_inputs(run_dir: Path, config: Config, store: TileStore) -> dict[str, i
         predict_member(run_dir / name, store)
         of_member = {t: record["fold"] for record in read_folds(run_dir / name) for t in record["val_tiles"]}
         common = {t: fold for t, fold in of_member.items() if number == 0 or common.get(t) == fold}
+    for fold in sorted(set(common.values())):
+        kind.read_kind(config, store, fold_folder(run_dir / KIND_FOLDER, fold) / FOLD_FILE)
     kind.predict_kind(run_dir / KIND_FOLDER, store, common)
     return common
 

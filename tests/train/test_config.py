@@ -99,6 +99,18 @@ def test_crops_are_shared_evenly_by_the_devices():
             load_config(overrides=[devices, "data.batch_size=8"])
 
 
+def test_members_of_a_file_replace_those_of_its_base_and_an_override_changes_one(tmp_path):
+    write(tmp_path / "base.yaml", "members:\n  a: {views: 1}\n  b: {ship: all}\n")
+    path = write(tmp_path / "mine.yaml", "base: base.yaml\nmembers:\n  c: {ship: all}\n  d: {}\n")
+    assert list(load_config(path).members) == ["c", "d"]
+    changed = load_config(path, ["members.c.weight=2"]).members
+    assert list(changed) == ["c", "d"] and (changed["c"].weight, changed["c"].ship) == (2.0, "all")
+    with pytest.raises(ConfigError, match="^members is 'a', expected one of c, d"):
+        load_config(path, ["members.a.weight=2"])
+    with pytest.raises(ConfigError, match="^members is 'kind', expected another name"):
+        members_of(load_config(write(tmp_path / "kind.yaml", "members: {kind: {}}\n")))
+
+
 # --- Networks -----------------------------------------------------------------------------------------------
 
 

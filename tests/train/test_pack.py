@@ -3,7 +3,9 @@
 import copy
 import hashlib
 import json
+import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +44,33 @@ def test_the_packed_model_answers_as_the_networks_of_its_run(packed, smoke_run, 
     found, expected = (solution.predict_window(one, image)[0] for one in (model, whole))
     assert np.abs(found - expected).max() < 5e-3  # float16 weights
     assert expected[1].std() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ("optim.lr=0.5", "north, fold 0: was trained with other settings than the recipe in optim.lr"),
+        ("kind.hidden=64", "kind.*was made with other settings or labels"),
+    ],
+)
+def test_a_run_of_another_recipe_is_neither_scored_nor_packed(
+    smoke_run, store, tmp_path, capsys, settings, message
+):
+    out = tmp_path / "model.pth"
+    out.write_bytes(b"precious")
+    common = ["--recipe", str(SMOKE), "--run", str(smoke_run), f"data.store={store}", settings]
+    for command in (["pack", *common, "--out", str(out)], ["score", *common]):
+        assert main(command) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"] and out.read_bytes() == b"precious"
+
+
+def test_unfinished_folds_are_not_packed(smoke_run, store, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run, run)
+    shutil.rmtree(run / "north" / "fold1")
+    with pytest.raises(RunError, match="north: fold 1 not finished; train it with `fit`"):
+        pack(run, smoke_config(store), tmp_path / "model.pth", "")
 
 
 def test_the_file_holds_half_weights_its_recipe_and_where_it_comes_from(packed, store):

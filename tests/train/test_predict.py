@@ -29,6 +29,15 @@ def test_every_tile_is_predicted_by_the_fold_that_never_saw_it(predicted, store)
             assert tile in record["val_tiles"] and tile not in record["train_tiles"]
 
 
+def test_no_prediction_of_another_ensemble_is_left(smoke_run, store):
+    """A member may be added to a run that is already scored, and not be trained on all folds yet."""
+    old = smoke_run / "oof" / "999.npy"
+    old.parent.mkdir(exist_ok=True)
+    old.write_bytes(b"")
+    predict_run(smoke_run, smoke_config(store), TileStore(store))
+    assert not old.exists()
+
+
 def test_views_are_the_logits_of_that_network(predicted, store):
     run, _ = predicted
     record = read_folds(run / "turned")[1]

@@ -201,6 +201,8 @@ def test_command_prints_a_table_and_writes_json(masks, labels, tmp_path, capsys)
 def test_command_says_what_is_missing(capsys):
     assert main(["evaluate", "--pred", "nowhere", "--labels", "nowhere"]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
+    assert main(["evaluate", "--pred", "nowhere", "--labels", "nowhere", "--weights", "none.pth"]) == 2
+    assert "no weights: looked for none.pth" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "--pred", "nowhere"])
     assert "--labels" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """DoubleUnet: what it computes, its weights' names, merging of BatchNorms."""
 
+import pytest
 import torch
-from support import random_network
+from support import model_content, random_network, stored_member
 from torch import nn
 
-from train.networks import network_class
+from solution import NETWORKS, InputError, load_model
+from train.networks import load_any_model, network_class
 from train.pack import mergeable_pairs
 from train.pretrained import find_encoder
 
@@ -21,6 +23,15 @@ def test_it_is_the_unet_of_the_same_weights_on_the_image_at_twice_its_size():
     with torch.no_grad():
         expected = plain(large).reshape(2, 1, 32, 2, 64, 2).mean(dim=(3, 5))
         torch.testing.assert_close(double(x), expected)
+
+
+def test_a_model_that_names_it_is_loaded_wherever_the_kit_loads_models(tmp_path, monkeypatch):
+    path = tmp_path / "model.pth"
+    torch.save({**model_content(), "members": [stored_member(SMALL)]}, path)
+    monkeypatch.delitem(NETWORKS, "DoubleUnet")
+    with pytest.raises(InputError, match="use the one that `python -m train pack` wrote beside such a model"):
+        load_model(path)
+    assert len(load_any_model(path).members) == 1
 
 
 def test_its_encoder_is_found_and_every_batchnorm_merged():
