@@ -69,9 +69,7 @@ def last_line(text: str) -> str:
 def main() -> int:
     """Audit requirements.lock; return the exit status."""
     problem = install(HOME)
-    status, said = (
-        (NOT_AUDITED, f"NOT AUDITED: {problem}") if problem else audit(HOME, PROJECT / "requirements.lock")
-    )
+    status, said = (NOT_AUDITED, f"NOT AUDITED: {problem}") if problem else audit(HOME, PROJECT / "requirements.lock")
     print(f"audit: {said}")
     return status
 

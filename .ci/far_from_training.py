@@ -56,9 +56,7 @@ def table(run: Path, store: TileStore, fold_of: Mapping[str, int]) -> str:
         [name, f"{pool(tiles).sum():,}", *map(interval_text, score_intervals(tiles).values())]
         for name, tiles in counts.items()
     ]
-    return markdown_table(
-        ["distance from training", "pixels", "extent", "four classes", "debris, IoU"], lines
-    )
+    return markdown_table(["distance from training", "pixels", "extent", "four classes", "debris, IoU"], lines)
 
 
 def main() -> None:

@@ -59,9 +59,7 @@ def table(minutes: dict[str, float], about: str) -> str:
 
 def describe_machine(venv: Path | None) -> str:
     """Return the line on where and when it was measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True
-    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True)
     there = "an environment that was there" if venv else "nothing installed"
     return (
         f"On a clean clone of {commit.stdout.strip()} with {there}, {date.today()}: {os.cpu_count()} cores, "
@@ -71,21 +69,15 @@ def describe_machine(venv: Path | None) -> str:
 
 def main() -> None:
     """Time the steps asked for; print the table, or write it into the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="real tiles with labels, for the step `training`")
     parser.add_argument("--venv", type=Path, help="an environment to use, so that `setup` has nothing to do")
     parser.add_argument("--steps", help=f"some of {','.join(STEPS)} (default: all that can be made)")
     parser.add_argument("--write", action="store_true", help="write the table into docs/first-minutes.md")
     options = parser.parse_args()
-    names = (
-        options.steps.split(",") if options.steps else [n for n in STEPS if n != "training" or options.data]
-    )
+    names = options.steps.split(",") if options.steps else [n for n in STEPS if n != "training" or options.data]
     if unknown := [name for name in names if name not in STEPS or (name == "training" and not options.data)]:
-        parser.error(
-            f"--steps: found {unknown[0]}, expected some of {', '.join(STEPS)}; training needs --data"
-        )
+        parser.error(f"--steps: found {unknown[0]}, expected some of {', '.join(STEPS)}; training needs --data")
     about = describe_machine(options.venv)
     with tempfile.TemporaryDirectory(prefix="first-minutes-") as temporary:
         folder = Path(temporary) / "kit"

@@ -69,8 +69,7 @@ def page() -> str:
             if isinstance(one, ast.AnnAssign)
         ]
         parts.append(
-            f"## {group}\n\n{about}\n\n| setting | default | effect |\n| --- | --- | --- |\n"
-            + "\n".join(rows)
+            f"## {group}\n\n{about}\n\n| setting | default | effect |\n| --- | --- | --- |\n" + "\n".join(rows)
         )
     return "\n\n".join(parts) + "\n"
 

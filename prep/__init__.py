@@ -9,7 +9,5 @@ import sys
 for _name in ("PROJ_DATA", "PROJ_LIB", "GDAL_DATA", "GDAL_DRIVER_PATH", "MPLBACKEND"):
     os.environ.pop(_name, None)
 for _stream in (sys.stdout, sys.stderr):
-    if isinstance(
-        _stream, io.TextIOWrapper
-    ):  # names of files, which may be any bytes, are printed on any console
+    if isinstance(_stream, io.TextIOWrapper):  # names of files, which may be any bytes, are printed on any console
         _stream.reconfigure(errors="backslashreplace")

@@ -129,9 +129,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
 
 def run_competition(options: argparse.Namespace) -> None:
     """Write the tile store and print its statistics and folds."""
-    summary = prepare(
-        options.data, options.out, seed=options.seed, phase=options.phase, overwrite=options.overwrite
-    )
+    summary = prepare(options.data, options.out, seed=options.seed, phase=options.phase, overwrite=options.overwrite)
     print(format_summary(summary))
 
 

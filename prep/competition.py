@@ -242,10 +242,7 @@ def _provenance(data: Path, seed: int, rows: Sequence[store.TileRow], source: st
 
 def format_summary(summary: Summary) -> str:
     """Return the statistics, both fold tables and a closing line."""
-    tables = [
-        folds.format_table(scheme, summary.folds[scheme], summary.tiles)
-        for scheme in ("stratified", "spatial")
-    ]
+    tables = [folds.format_table(scheme, summary.folds[scheme], summary.tiles) for scheme in ("stratified", "spatial")]
     phases = " and ".join(
         f"{count} with {phase} labels"
         for phase in label_files.PHASES

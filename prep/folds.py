@@ -124,9 +124,7 @@ def spatial(tiles: Sequence[TileRow]) -> dict[str, int]:
     the grid, the tiles stand in a row, sorted by id (phase 2's img001 ... are the grid's tiles, sorted).
     """
     places = _places(tiles)
-    blocks = sorted(
-        _divide(places), key=lambda block: (places[sorted(block)].mean(axis=0).sum(), sorted(block))
-    )
+    blocks = sorted(_divide(places), key=lambda block: (places[sorted(block)].mean(axis=0).sum(), sorted(block)))
     fold_of = {tile: fold for fold, block in enumerate(blocks) for tile in block}
     return {tile.tile_id: fold_of[index] for index, tile in enumerate(tiles)}
 
@@ -147,8 +145,7 @@ def _divide(places: np.ndarray) -> tuple[frozenset, ...]:
             points = places[sorted(block)]
             return Partition(float(((points - points.mean(axis=0)) ** 2).sum()), (block,))
         options = (
-            join(best(near, count), best(far, folds - count))
-            for near, far, count in _cuts(block, folds, places)
+            join(best(near, count), best(far, folds - count)) for near, far, count in _cuts(block, folds, places)
         )
         return min(options, key=lambda option: round(option.scatter, 9))
 
@@ -185,9 +182,7 @@ def format_table(scheme: str, fold_of: dict[str, int], tiles: Sequence[TileRow])
     lines = [f"{scheme} folds, km2 at 30 m a pixel", head]
     for fold in range(FOLDS):
         members = [tile for tile in tiles if fold_of[tile.tile_id] == fold]
-        lines.append(
-            _table_row(str(fold), members, names) + "  " + " ".join(tile.tile_id for tile in members)
-        )
+        lines.append(_table_row(str(fold), members, names) + "  " + " ".join(tile.tile_id for tile in members))
     lines.append(_table_row("all", tiles, names))
     return "\n".join(lines)
 

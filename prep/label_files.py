@@ -185,9 +185,7 @@ def survey(folder: Path, only: Optional[Iterable[str]] = None) -> tuple[list[Lab
             pixels = read_label(files[identifier])
             values, counts = np.unique(pixels, return_counts=True)
             shape = (pixels.shape[0], pixels.shape[1])
-            labels.append(
-                LabelFile(identifier, files[identifier], shape, dict(zip(values.tolist(), counts.tolist())))
-            )
+            labels.append(LabelFile(identifier, files[identifier], shape, dict(zip(values.tolist(), counts.tolist()))))
         except TileError as error:
             problems.append(str(error))
     return labels, problems
@@ -224,10 +222,7 @@ def disguise_problems(labels: Iterable[LabelFile]) -> list[str]:
     labels = list(labels)
     if not has_glaciers(labels):
         share = f"{lake_share(labels):.1%} of its {len(labels)} tiles and neither 85 nor 170 occurs in any"
-        found = [
-            f"{one.path.parent}: meant as phase 2, but 255 covers {share}. {EXPLANATION}"
-            for one in labels[:1]
-        ]
+        found = [f"{one.path.parent}: meant as phase 2, but 255 covers {share}. {EXPLANATION}" for one in labels[:1]]
         return found if is_disguised(labels) else []
     return [
         f"{label.path}: 255 covers {label.share(LAKE_VALUE):.1%} of the tile and neither 85 nor 170 occurs "

@@ -111,9 +111,7 @@ class TileStore:
         parts = ("images", "masks", TILES_FILE, STATS_FILE, *(SPLIT_FILES if split else (FOLDS_FILE,)))
         missing = [part for part in parts if not (self.folder / part).exists()]
         if missing:
-            raise StoreError(
-                f"{self.folder} is no complete tile store: {', '.join(missing)} missing. {_remedy()}"
-            )
+            raise StoreError(f"{self.folder} is no complete tile store: {', '.join(missing)} missing. {_remedy()}")
 
     def _read_folds(self) -> dict:
         if not (self.folder / SPLIT_FILES[0]).exists():
@@ -148,19 +146,13 @@ class StoreWriter:
     def write_tile(self, tile_id: str, image: np.ndarray, mask: np.ndarray) -> None:
         """Store a tile: image (H, W, 5) in physical units, saved as float32; mask (H, W) of codes, uint8."""
         if image.ndim != 3 or mask.shape != image.shape[:2]:
-            raise StoreError(
-                f"tile {tile_id}: image {image.shape} and mask {mask.shape} do not fit each other"
-            )
+            raise StoreError(f"tile {tile_id}: image {image.shape} and mask {mask.shape} do not fit each other")
         np.save(self.folder / "images" / f"{tile_id}.npy", image.astype(np.float32, copy=False))
         np.save(self.folder / "masks" / f"{tile_id}.npy", mask.astype(np.uint8, copy=False))
 
-    def write_index(
-        self, tiles: Sequence[TileRow], stats: Mapping, folds: Mapping | Split, about: Mapping
-    ) -> None:
+    def write_index(self, tiles: Sequence[TileRow], stats: Mapping, folds: Mapping | Split, about: Mapping) -> None:
         """Store tiles.csv, stats.json, store.json (the provenance), and folds.json or the ids of a Split."""
-        with open(
-            self.folder / TILES_FILE, "w", newline="", encoding="utf-8", errors=FILE_NAME_ERRORS
-        ) as stream:
+        with open(self.folder / TILES_FILE, "w", newline="", encoding="utf-8", errors=FILE_NAME_ERRORS) as stream:
             writer = csv.DictWriter(stream, TILE_COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(_to_record(tile) for tile in tiles)
@@ -180,9 +172,7 @@ def refuse_existing(target: str | os.PathLike) -> None:
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists():
-        raise StoreError(
-            f"{target} exists already. Pass --overwrite to replace it, or name another folder with --out."
-        )
+        raise StoreError(f"{target} exists already. Pass --overwrite to replace it, or name another folder with --out.")
 
 
 @contextmanager

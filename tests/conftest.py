@@ -67,6 +67,4 @@ def pytest_testnodedown(node) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say how many slow tests were left out, and how they are run."""
     if config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(
-            f"{config.stash[LEFT_OUT]} slow tests were left out: make test SLOW=yes runs them"
-        )
+        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} slow tests were left out: make test SLOW=yes runs them")

@@ -52,11 +52,7 @@ def rewrite(path: Path, change=lambda values: values, descriptions="keep", **pro
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Return {relative path: bytes} of all files below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def left_over(folder: Path) -> list[str]:
@@ -64,9 +60,7 @@ def left_over(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def write_patches(
-    folder: Path, scenes: int = 3, per_scene: int = 2, side: int = 64, channels: int = 15
-) -> Path:
+def write_patches(folder: Path, scenes: int = 3, per_scene: int = 2, side: int = 64, channels: int = 15) -> Path:
     """Write patches as the data set has them: more clean ice than debris, order any, clean, debris."""
     folder.mkdir()
     for scene in range(scenes):

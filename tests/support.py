@@ -131,9 +131,7 @@ def in_memory(
 ) -> solution.Model:
     """Return a model of these networks in the first so many views; their weights are 1 unless given."""
     shares = weights or [1.0] * len(networks)
-    members = tuple(
-        solution.Member(network.eval(), weight, NORMALIZATION) for network, weight in zip(networks, shares)
-    )
+    members = tuple(solution.Member(network.eval(), weight, NORMALIZATION) for network, weight in zip(networks, shares))
     return solution.Model(
         members,
         solution.Member(kind.eval(), 1.0, NORMALIZATION) if kind else None,

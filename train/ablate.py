@@ -105,9 +105,7 @@ def read_set(path: Path, overrides: Sequence[str] = ()) -> list[Trial]:
     for name, trial in spec.trials.items():
         config = change_config(base, trial.settings, f"{path}: trial {name}")
         if config.data.scheme != base.data.scheme:
-            raise ConfigError(
-                f"{path}: trial {name}: changes data.scheme, and is compared on other tiles then"
-            )
+            raise ConfigError(f"{path}: trial {name}: changes data.scheme, and is compared on other tiles then")
         most = len(VIEWS) if config.augment.every_direction else 1
         if not 1 <= trial.views <= most:
             raise ConfigError(

@@ -12,9 +12,7 @@ from prep.labels import IGNORE
 from solution import BANDS
 from train.config import AugmentConfig
 
-BRIGHTEST = (
-    1.6  # reflectance of the largest stored number, which fresh snow reaches: no band saturates above it
-)
+BRIGHTEST = 1.6  # reflectance of the largest stored number, which fresh snow reaches: no band saturates above it
 
 
 class Tile(NamedTuple):
@@ -125,9 +123,7 @@ def flip_and_turn(crop: Crop, config: AugmentConfig, rng: np.random.Generator) -
     return Crop(values, codes)
 
 
-def jitter(
-    values: np.ndarray, normalization: dict, config: AugmentConfig, rng: np.random.Generator
-) -> np.ndarray:
+def jitter(values: np.ndarray, normalization: dict, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """Return (..., C) values, bands first, with gain, offset and illumination changed, then saturated; NaN stays.
 
     Channels after the bands are left alone.

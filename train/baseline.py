@@ -62,9 +62,7 @@ class Examples(NamedTuple):
     answers: np.ndarray
 
 
-def draw_examples(
-    features: np.ndarray, codes: np.ndarray, question: Question, seed: Sequence[int]
-) -> Examples:
+def draw_examples(features: np.ndarray, codes: np.ndarray, question: Question, seed: Sequence[int]) -> Examples:
     """Draw up to `PIXELS_PER_TILE` pixels of a tile, evenly among those that answer a question.
 
     Args:
@@ -75,9 +73,7 @@ def draw_examples(
     """
     answering = np.flatnonzero(np.isin(codes, question.no + question.yes))
     drawn = np.random.default_rng(seed).choice(answering, min(PIXELS_PER_TILE, answering.size), replace=False)
-    return Examples(
-        features.reshape(len(features), -1)[:, drawn].T, np.isin(codes.ravel()[drawn], question.yes)
-    )
+    return Examples(features.reshape(len(features), -1)[:, drawn].T, np.isin(codes.ravel()[drawn], question.yes))
 
 
 class Answer:

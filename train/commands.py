@@ -48,9 +48,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
     require_possible(jobs, arguments.jobs)
     if (unlearned := describe_unlearned(TileStore(config.data.store))) and is_first_process(config):
         warn(unlearned)
-    if (
-        not arguments.member
-    ):  # first: in seconds it is told that labels lack a kind, and finished folds can be scored
+    if not arguments.member:  # first: in seconds it is told that labels lack a kind, and finished folds can be scored
         kind.fit_kind(config, arguments.run / KIND_FOLDER, arguments.folds or kind.kind_folds(config))
     fit_jobs(jobs, arguments.jobs)
     return 0
@@ -112,9 +110,7 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pack`."""
     add_recipe_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("weights/model.pth"), help="default: %(default)s")
-    parser.add_argument(
-        "--time-budget", type=float, help="seconds, in the place of the recipe's pack.time_budget"
-    )
+    parser.add_argument("--time-budget", type=float, help="seconds, in the place of the recipe's pack.time_budget")
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
@@ -132,11 +128,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if assemble(content) != SOLUTION.read_text(encoding="utf-8"):
         beside = arguments.out.with_name("solution.py")
         if beside.resolve() == SOLUTION:
-            raise KitError(
-                f"{beside}: is the kit's own, and this model needs another; give --out in another folder"
-            )
+            raise KitError(f"{beside}: is the kit's own, and this model needs another; give --out in another folder")
         write_solution(content, beside)
-        print(
-            f"{beside} written: this model needs it in the place of the kit's own (make submission takes it)"
-        )
+        print(f"{beside} written: this model needs it in the place of the kit's own (make submission takes it)")
     return 0

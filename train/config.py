@@ -251,9 +251,7 @@ def _with_bases(path: Path) -> list[Path]:
     while base := _read_yaml(files[0]).get("base"):
         files.insert(0, files[0].parent / str(base))
         if len(files) > 5:
-            raise ConfigError(
-                f"{path}: base leads in a circle or through more than 5 files; expected a recipe"
-            )
+            raise ConfigError(f"{path}: base leads in a circle or through more than 5 files; expected a recipe")
     return files
 
 
@@ -336,10 +334,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "augment.saturate": (0, 1.6, "[]"),
     "model.batchnorm_momentum": (0, 1, "(]"),
     "model.freeze_epochs": (0, ANY, "[]"),
-    **{
-        f"loss.{term}": (0, ANY, "[)")
-        for term in ("focal", "gamma", "dice", "tversky", "lovasz", "auxiliary")
-    },
+    **{f"loss.{term}": (0, ANY, "[)") for term in ("focal", "gamma", "dice", "tversky", "lovasz", "auxiliary")},
     "loss.tversky_alpha": (0, ANY, "()"),
     "loss.tversky_beta": (0, ANY, "()"),
     "optim.lr": (0, ANY, "()"),
@@ -392,12 +387,8 @@ def check_config(config: Config) -> None:
         _require(flat[key] in allowed, key, flat[key], " or ".join(allowed))
     data, model, trainer = config.data, config.model, config.trainer
     scale = config.augment.scale
-    _require(
-        data.crop > 0 and data.crop % STRIDE == 0, "data.crop", data.crop, f"a positive multiple of {STRIDE}"
-    )
-    _require(
-        len(scale) == 2 and 0 < scale[0] <= scale[1], "augment.scale", scale, "two numbers 0 < least <= most"
-    )
+    _require(data.crop > 0 and data.crop % STRIDE == 0, "data.crop", data.crop, f"a positive multiple of {STRIDE}")
+    _require(len(scale) == 2 and 0 < scale[0] <= scale[1], "augment.scale", scale, "two numbers 0 < least <= most")
     _require(
         any(getattr(config.loss, term) for term in LOSS_TERMS),
         "loss.focal",
@@ -408,9 +399,7 @@ def check_config(config: Config) -> None:
     _require(lone, "model.pretrained", model.pretrained, "null where model.imagenet gives the first weights")
     least = 1 if trainer.sync_batchnorm else 2
     shared = data.batch_size % trainer.processes == 0 and data.batch_size // trainer.processes >= least
-    wanted = (
-        f"a multiple of trainer.devices x trainer.num_nodes = {trainer.processes}, {least} or more for each"
-    )
+    wanted = f"a multiple of trainer.devices x trainer.num_nodes = {trainer.processes}, {least} or more for each"
     _require(trainer.processes == 1 or shared, "data.batch_size", data.batch_size, wanted)
     for name, member in config.members.items():
         views = member.views
@@ -428,16 +417,10 @@ def check_network(model: ModelConfig) -> None:
     known = list(inspect.signature(network).parameters)
     for name in model.args:
         if name not in known or name in ("in_channels", "classes", "encoder_weights", "kwargs", "aux_params"):
-            allowed = ", ".join(
-                key for key in known if key not in ("in_channels", "classes", "encoder_weights")
-            )
+            allowed = ", ".join(key for key in known if key not in ("in_channels", "classes", "encoder_weights"))
             raise ConfigError(f"model.args.{name} is no argument of {model.name}; expected some of {allowed}")
     encoder = model.args.get("encoder_name")
-    if (
-        encoder is not None
-        and not str(encoder).startswith("tu-")
-        and encoder not in smp.encoders.get_encoder_names()
-    ):
+    if encoder is not None and not str(encoder).startswith("tu-") and encoder not in smp.encoders.get_encoder_names():
         raise ConfigError(
             f"model.args.encoder_name is {encoder!r}, expected an encoder of segmentation_models_pytorch "
             "(resnet34, timm-tf_efficientnet_lite0 ...) or tu-<name of timm>"

@@ -40,9 +40,7 @@ def open_store(data: DataConfig) -> TileStore:
         there, store.tile_ids = store.tile_ids, off_ground(store, data.exclude_ground)
         gone = len(there) - len(store.tile_ids)
         if process_number() == 0:
-            print(
-                f"{data.store}: {gone} of {len(there)} tiles left out, on the ground of {data.exclude_ground}"
-            )
+            print(f"{data.store}: {gone} of {len(there)} tiles left out, on the ground of {data.exclude_ground}")
     return store
 
 

@@ -47,9 +47,7 @@ from train.run import (
 )
 from train.side_by_side import fit_jobs, jobs_of
 
-ANSWERS_FOLDER = (
-    "teachers"  # of a fold while it trains: <tile_id>.npy, (H, W) float16 probability, NaN nodata
-)
+ANSWERS_FOLDER = "teachers"  # of a fold while it trains: <tile_id>.npy, (H, W) float16 probability, NaN nodata
 
 
 def find_teachers(folders: Sequence[str], fold: Fold, held_out: Sequence[str]) -> list[dict]:
@@ -81,9 +79,7 @@ def _members_in(folder: Path) -> list[Path]:
     found = {path.parent.parent for path in folder.glob(f"*/fold*/{FOLD_FILE}")}
     members = sorted(path for path in found if path.name != KIND_FOLDER)
     if not members:
-        raise RunError(
-            f"{folder}: no finished folds in it; expected a teacher, a run of `python -m train fit`"
-        )
+        raise RunError(f"{folder}: no finished folds in it; expected a teacher, a run of `python -m train fit`")
     return members
 
 

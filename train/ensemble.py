@@ -62,9 +62,7 @@ class Evidence:
 
     def count(self, extent: Extent, steps: PostprocessConfig) -> list[TileCounts]:
         """Count all tiles under an extent and the steps after it."""
-        return count_tiles(
-            self.store, self.fold_of, lambda tile: self.classes(tile, extent(tile), steps), self.fold_of
-        )
+        return count_tiles(self.store, self.fold_of, lambda tile: self.classes(tile, extent(tile), steps), self.fold_of)
 
     def classes(self, tile: str, extent: torch.Tensor, steps: PostprocessConfig) -> np.ndarray:
         """Return class indices (H, W) uint8 of a tile, as `solution.predict_classes` makes them."""

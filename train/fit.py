@@ -180,9 +180,7 @@ def _run_lightning(
     )
     resume = recorder.folder / RESUME_FILE
     with keyboard_interrupts():
-        trainer.fit(
-            module, data.train_loader, data.val_loader, ckpt_path=resume if resume.is_file() else None
-        )
+        trainer.fit(module, data.train_loader, data.val_loader, ckpt_path=resume if resume.is_file() else None)
 
 
 def require_unscored(config: Config) -> None:

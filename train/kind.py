@@ -126,9 +126,7 @@ def read_kind(config: Config, store: TileStore, path: Path) -> dict:
     """Return the record of a fold. RunError where it is missing, or of other settings or labels than a recipe's."""
     record, expected = read_fold(path), _made_by(config, store)
     if {key: record.get(key) for key in expected} != expected:
-        raise RunError(
-            f"{path}: was made with other settings or labels; remove {path.parents[1]} to make it again"
-        )
+        raise RunError(f"{path}: was made with other settings or labels; remove {path.parents[1]} to make it again")
     return record
 
 

@@ -72,9 +72,7 @@ class SegmentationModule(pl.LightningModule):
         if self.config.model.freeze_epochs:
             encoder = find_encoder(self.network)
             frozen = self.current_epoch < self.config.model.freeze_epochs
-            encoder.requires_grad_(not frozen).train(
-                not frozen
-            )  # in evaluation BatchNorm keeps its statistics
+            encoder.requires_grad_(not frozen).train(not frozen)  # in evaluation BatchNorm keeps its statistics
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed by the step, so that dropout in a resumed run is what it would have been without the break.
@@ -82,9 +80,7 @@ class SegmentationModule(pl.LightningModule):
         Processes that share a step drop different maps.
         """
         process = process_number()
-        sequence = np.random.SeedSequence(
-            [self.config.train.seed, self.global_step, *([process] * (process > 0))]
-        )
+        sequence = np.random.SeedSequence([self.config.train.seed, self.global_step, *([process] * (process > 0))])
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:

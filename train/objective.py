@@ -92,9 +92,7 @@ def count_blocks(codes: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """
     codes, predicted = np.asarray(codes), np.asarray(predicted)
     if codes.shape != predicted.shape:
-        raise ValueError(
-            f"labels have shape {codes.shape}, predictions {predicted.shape}; they must be equal"
-        )
+        raise ValueError(f"labels have shape {codes.shape}, predictions {predicted.shape}; they must be equal")
     numbers = block_numbers(codes.shape)
     n_blocks = int(numbers.max(initial=0)) + 1
     labelled = codes != IGNORE
@@ -254,9 +252,7 @@ def score_intervals(tiles: Sequence[TileCounts]) -> dict[str, Interval | None]:
     }
 
 
-def difference_intervals(
-    tiles: Sequence[TileCounts], others: Sequence[TileCounts]
-) -> dict[str, Interval | None]:
+def difference_intervals(tiles: Sequence[TileCounts], others: Sequence[TileCounts]) -> dict[str, Interval | None]:
     """Return `tiles` less `others`, the counts of another model, in each of `HEADLINES`; the draws are pairs.
 
     Both are of the same tiles in the same order. None where a score is undefined.

@@ -96,9 +96,7 @@ def as_stored(record: Mapping, weight: float) -> dict[str, Any]:
     }
 
 
-def stored_members(
-    run_dir: Path, config: Config, store: TileStore
-) -> tuple[list[dict[str, Any]], list[list[int]]]:
+def stored_members(run_dir: Path, config: Config, store: TileStore) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """Return the members of model.pth and the passes over them.
 
     First every network in one view, in the order of the recipe; then further views of members that have some.
@@ -107,21 +105,15 @@ def stored_members(
     views: list[int] = []
     for name, (member, settings) in members_of(config).items():
         folder = run_dir / name
-        records = (
-            [read_fold(fold_folder(folder, ALL) / FOLD_FILE)] if member.ship == "all" else read_folds(folder)
-        )
+        records = [read_fold(fold_folder(folder, ALL) / FOLD_FILE)] if member.ship == "all" else read_folds(folder)
         for record in records:
             require_made_by(settings, store, record, folder)
         late = {ALL} if member.ship == ALL else set(folds_of_scheme(store, settings.data.scheme))
         if late := late - {record["fold"] for record in records}:
-            raise RunError(
-                f"{folder}: fold {', '.join(map(str, sorted(late)))} not finished; train it with `fit`"
-            )
+            raise RunError(f"{folder}: fold {', '.join(map(str, sorted(late)))} not finished; train it with `fit`")
         members += [as_stored(record, member.weight / len(records)) for record in records]
         views += [member.views] * len(records)
-    passes = [
-        [number, view] for view in range(len(VIEWS)) for number in range(len(members)) if view < views[number]
-    ]
+    passes = [[number, view] for view in range(len(VIEWS)) for number in range(len(members)) if view < views[number]]
     return members, passes
 
 
@@ -161,9 +153,7 @@ def pack(run_dir: Path, config: Config, out: Path, command: str) -> Path:
     try:
         size = partial.stat().st_size / 1e6
         if size > config.pack.max_mb:
-            raise RunError(
-                f"{out}: would have {size:.1f} MB, expected pack.max_mb = {config.pack.max_mb:g} at most"
-            )
+            raise RunError(f"{out}: would have {size:.1f} MB, expected pack.max_mb = {config.pack.max_mb:g} at most")
         load_model(partial)  # strictly, as the grader will
         if out.exists():
             previous = out.with_name(f"{out.stem}.previous{out.suffix}")
@@ -184,8 +174,7 @@ def provenance(store: TileStore, command: str) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "labels": store.labels,
         "km2": {
-            name: round(sum(tile.counts[name] for tile in store.tiles) * KM2_PER_PIXEL, 3)
-            for name in code_names()
+            name: round(sum(tile.counts[name] for tile in store.tiles) * KM2_PER_PIXEL, 3) for name in code_names()
         },
         "bands": {key: [float(value) for value in store.stats[key]] for key in ("mean", "std")},
         "command": command,
@@ -262,7 +251,5 @@ def limits(content: Mapping) -> list[str]:
         f"Debris is known from {km2['debris']:.1f} km² of labels; where it looks otherwise, expect less.",
     ]
     if not any(view for _, view in content["passes"]):
-        found.append(
-            "Asked in one view: it expects north above and a morning sun, as in the tiles that it knows."
-        )
+        found.append("Asked in one view: it expects north above and a morning sun, as in the tiles that it knows.")
     return found

@@ -94,10 +94,7 @@ def extent_out_of_fold(run_dir: Path, tile: str, members: Mapping[str, MemberCon
     As in `solution.extent_probability`: a mean over views, then a weighted mean over members.
     """
     weights = torch.tensor([member.weight for member in members.values()])
-    maps = [
-        load_views(run_dir / name, tile, member.views).sigmoid().mean(dim=0)
-        for name, member in members.items()
-    ]
+    maps = [load_views(run_dir / name, tile, member.views).sigmoid().mean(dim=0) for name, member in members.items()]
     return (torch.stack(maps) * weights[:, None, None]).sum(dim=0) / weights.sum()
 
 
@@ -130,9 +127,7 @@ def score_inputs(run_dir: Path, config: Config, store: TileStore) -> dict[str, i
     return common
 
 
-def probabilities_out_of_fold(
-    run_dir: Path, tile: str, extent: torch.Tensor, steps: PostprocessConfig
-) -> np.ndarray:
+def probabilities_out_of_fold(run_dir: Path, tile: str, extent: torch.Tensor, steps: PostprocessConfig) -> np.ndarray:
     """Return class probabilities (4, H, W) float32 of a tile: an extent (H, W) and the run's kind, each with its bias.
 
     As in `solution.predict_window`, before the CRF.

@@ -58,8 +58,7 @@ def weights_file(encoder_name: str) -> Path:
     """
     if encoder_name not in PACKAGES:
         raise PretrainedError(
-            f"model.imagenet: no ImageNet weights for encoder {encoder_name}; there are some for "
-            f"{', '.join(PACKAGES)}"
+            f"model.imagenet: no ImageNet weights for encoder {encoder_name}; there are some for {', '.join(PACKAGES)}"
         )
     spec = importlib.util.find_spec(PACKAGES[encoder_name])
     if spec is None or spec.origin is None:
@@ -70,9 +69,7 @@ def weights_file(encoder_name: str) -> Path:
     return next(Path(spec.origin).parent.glob("models/*.pth"))
 
 
-def rename(
-    published: Mapping[str, Tensor], expected: Mapping[str, Tensor], encoder_name: str
-) -> dict[str, Tensor]:
+def rename(published: Mapping[str, Tensor], expected: Mapping[str, Tensor], encoder_name: str) -> dict[str, Tensor]:
     """Return the published weights under the encoder's names, the first convolution spread over the bands.
 
     Raises:

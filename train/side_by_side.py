@@ -279,10 +279,7 @@ def explain_failures(logs: Sequence[Path]) -> str:
     for log in logs:
         text = log.read_text(encoding="utf-8", errors="replace").strip()
         lines.append(f"{log}: {text.splitlines()[-1] if text else 'nothing was printed'}")
-    return (
-        f"{len(logs)} networks failed; the same command tries them again, and keeps the others.\n"
-        + "\n".join(lines)
-    )
+    return f"{len(logs)} networks failed; the same command tries them again, and keeps the others.\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

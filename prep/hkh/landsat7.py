@@ -70,18 +70,14 @@ def reading(path: Path, kind: type[Exception] = Exception) -> Iterator[None]:
     except kind as error:
         size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
         reason = error.__cause__ or error
-        raise SceneError(
-            f"{path}: cannot be read ({size}; {reason}); copy or download the file again"
-        ) from error
+        raise SceneError(f"{path}: cannot be read ({size}; {reason}); copy or download the file again") from error
 
 
 def require_files(paths: Iterable[Path]) -> None:
     """Raise SceneError for the first path that is no file, such as a pipe, which would be read for ever."""
     for path in paths:
         if not path.is_file():
-            raise SceneError(
-                f"{path}: is no file that can be reached; copy or download it again, or remove it"
-            )
+            raise SceneError(f"{path}: is no file that can be reached; copy or download it again, or remove it")
 
 
 # Radiance at numbers 1 and 255, W/(m2 sr um), and the sun's irradiance of the channels that see it, W/(m2 um).
@@ -208,9 +204,7 @@ def as_numbers(values: np.ndarray, where: str) -> np.ndarray:
     found = values[measured]
     far = (found < FARTHEST_NUMBERS[0]) | (found > FARTHEST_NUMBERS[1])
     fractions = (found != np.rint(found)).any()
-    if np.count_nonzero(far) > MOST_FAR * found.size or (
-        fractions and np.median(found) <= LARGEST_REFLECTANCE
-    ):
+    if np.count_nonzero(far) > MOST_FAR * found.size or (fractions and np.median(found) <= LARGEST_REFLECTANCE):
         raise SceneError(
             f"{where}: found values from {found.min():g} to {found.max():g}, expected digital numbers 0 to 255 "
             "of LANDSAT/LE07/C01/T1_RT. Reflectance, 16-bit products and standardised patches are other units: "
@@ -276,13 +270,9 @@ def make_sun(elevation: float | str, distance: float | str, where: str) -> Sun:
     except ValueError as error:
         raise SceneError(f"{where}: {error}; expected the sun's elevation in degrees") from error
     if not 0 < sun.elevation <= 90:
-        raise SceneError(
-            f"{where}: sun elevation {sun.elevation:g}, expected more than 0 and up to 90 degrees"
-        )
+        raise SceneError(f"{where}: sun elevation {sun.elevation:g}, expected more than 0 and up to 90 degrees")
     if not 0.9 < sun.distance < 1.1:
-        raise SceneError(
-            f"{where}: distance to the sun {sun.distance:g}, expected 0.98 to 1.02 astronomical units"
-        )
+        raise SceneError(f"{where}: distance to the sun {sun.distance:g}, expected 0.98 to 1.02 astronomical units")
     return sun
 
 
@@ -305,9 +295,7 @@ def find_sun(path: Path, tags: Mapping[str, str], table: Mapping[str, Sun]) -> S
         sources[str(sidecar)] = dict(re.findall(pattern, text, re.MULTILINE))
     for where, values in sources.items():
         if "SUN_ELEVATION" in values:
-            return make_sun(
-                values["SUN_ELEVATION"], values.get("EARTH_SUN_DISTANCE", DEFAULT_DISTANCE), where
-            )
+            return make_sun(values["SUN_ELEVATION"], values.get("EARTH_SUN_DISTANCE", DEFAULT_DISTANCE), where)
     taken = read_name(path.name)
     if taken:
         return sun_of(taken)

@@ -165,9 +165,7 @@ def choose_order(text: str | None, counts: np.ndarray) -> tuple[str, ...]:
     Raises SceneError: another number of channels, an unknown order, or one that the masks contradict.
     """
     depth = len(counts).bit_length() - 1
-    fitting = [
-        ",".join(order) for order in ORDERS if len(order) == depth and not contradiction(order, counts)
-    ]
+    fitting = [",".join(order) for order in ORDERS if len(order) == depth and not contradiction(order, counts)]
     advice = (
         f"pass --mask-order {' or '.join(fitting)}, which the masks agree with"
         if fitting
@@ -239,9 +237,7 @@ def read_places(folder: Path) -> dict[str, tuple[str, shapely.Polygon]]:
     """
     files = [*folder.rglob("*.geojson"), *folder.parent.glob("slices*.geojson")]
     places: dict[str, tuple[str, shapely.Polygon]] = {}
-    for path in sorted(
-        set(files), key=lambda path: (path.stat().st_size, path)
-    ):  # whole lists after parts of them
+    for path in sorted(set(files), key=lambda path: (path.stat().st_size, path)):  # whole lists after parts of them
         landsat7.require_files([path])
         with reading(path):
             table = geopandas.read_file(path)
@@ -270,9 +266,7 @@ def outlines(scene: str, stems: Sequence[str], table: geopandas.GeoDataFrame) ->
     numbers = np.array([int(re.sub(r"\D", "", stem.rsplit("_", 1)[-1]) or 0) for stem in stems])
     if ((numbers - numbers.mean()) * (south - south.mean())).sum() > 0:  # a later one lies farther up
         south, north = south.min() + north.max() - north, south.min() + north.max() - south + (north - south)
-    crs = own_zone(
-        scene, table.crs, float((west.min() + east.max()) / 2), float((south.min() + north.max()) / 2)
-    )
+    crs = own_zone(scene, table.crs, float((west.min() + east.max()) / 2), float((south.min() + north.max()) / 2))
     yield from geopandas.GeoSeries(shapely.box(west, south, east, north), crs=crs).to_crs(WGS84)
 
 

@@ -111,9 +111,7 @@ def choose_layers(path: Path, wanted: Sequence[str] = ()) -> list[str | None]:
     return found if len(names) > 1 else [None]
 
 
-def plan_layer(
-    path: Path, layer: str | None, kind: str | None, column: str, words: Mapping[str, str]
-) -> Layer:
+def plan_layer(path: Path, layer: str | None, kind: str | None, column: str, words: Mapping[str, str]) -> Layer:
     """Return a layer of a vector file with what it shows. Raises SceneError as `plan_layers`."""
     fields = read_fields(path, layer)
     name = layer or path.stem
@@ -139,9 +137,7 @@ def read_fields(path: Path, layer: str | None) -> list[str]:
     with reading(path):
         info = pyogrio.read_info(path, layer=layer)
     if info["crs"] is None:
-        raise SceneError(
-            f"{path}: has no coordinate system; add its .prj file (the real one is in EPSG:4326)"
-        )
+        raise SceneError(f"{path}: has no coordinate system; add its .prj file (the real one is in EPSG:4326)")
     return [str(name) for name in info["fields"]]
 
 
@@ -211,9 +207,7 @@ def burn(layers: Sequence[Layer], border: Layer | None, scene: rasterio.DatasetR
     return codes
 
 
-def rasterise(
-    coded: Sequence[tuple[BaseGeometry, int]], fill: int, scene: rasterio.DatasetReader
-) -> np.ndarray:
+def rasterise(coded: Sequence[tuple[BaseGeometry, int]], fill: int, scene: rasterio.DatasetReader) -> np.ndarray:
     """Return the codes of outlines, (H, W) uint8 on the scene's grid, the last where they overlap, else `fill`."""
     if not coded:
         return np.full(scene.shape, fill, np.uint8)
@@ -232,17 +226,13 @@ def read_outlines(layer: Layer, crs: CRS, bounds: Sequence[float]) -> list[tuple
         table = geopandas.read_file(layer.path, layer=layer.layer, bbox=box, columns=columns)
     areas = table[table.geom_type.isin(AREAS) & ~table.is_empty]  # a missing geometry has no type
     if len(areas) < len(table):
-        warn(
-            f"{layer.path}: {len(table) - len(areas)} shapes near the scene are no polygons and are left out"
-        )
+        warn(f"{layer.path}: {len(table) - len(areas)} shapes near the scene are no polygons and are left out")
     shapes = areas.to_crs(crs.to_wkt()).geometry
     values = areas[layer.column] if layer.code is None else [None] * len(areas)
     codes = [code_of(value, layer.words) if layer.code is None else layer.code for value in values]
     placed = [on_earth(shape) for shape in shapes]
     if not all(placed):
-        warn(
-            f"{layer.path}: {placed.count(False)} polygons have points that are nowhere on Earth and are left out"
-        )
+        warn(f"{layer.path}: {placed.count(False)} polygons have points that are nowhere on Earth and are left out")
     return [(shape, code) for shape, code, ok in zip(shapes, codes, placed) if ok and code is not None]
 
 

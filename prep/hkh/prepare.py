@@ -255,15 +255,12 @@ def own_partial_folder(out: Path) -> Iterator[Path]:
     with store.locked(partial, wait=False) as held:
         if not (held and partial.is_dir()):  # gone: the other has just ended, and removed it
             raise store.StoreError(
-                f"{out}: another process makes this store; wait until it ends, or name another folder with "
-                "--out"
+                f"{out}: another process makes this store; wait until it ends, or name another folder with --out"
             )
         yield partial
 
 
-def finish_scenes(
-    jobs: Sequence[Job], partial: Path, settings: Settings, resources: Resources
-) -> dict[str, dict]:
+def finish_scenes(jobs: Sequence[Job], partial: Path, settings: Settings, resources: Resources) -> dict[str, dict]:
     """Work on the scenes that an earlier run did not finish; return {scene: result} of all.
 
     Raises PrepError: all that is wrong with scenes; the others are finished. InputError: no cluster at the address.
@@ -479,9 +476,7 @@ def assemble(
     train = [tile for tile in kept if tile.row.source not in validation]
     if not train:
         raise PrepError(["every training tile overlaps a validation tile; add other scenes, or other --seed"])
-    split = store.Split(
-        [tile.row.tile_id for tile in train], [row.tile_id for row in rows if row.source in validation]
-    )
+    split = store.Split([tile.row.tile_id for tile in train], [row.tile_id for row in rows if row.source in validation])
     accumulator = stats.BandAccumulator()
     for tile in train:
         accumulator.absorb(tile.stats)

@@ -132,9 +132,7 @@ def require_names(paths: Sequence[Path]) -> None:
     for path in paths:
         foreign = any("\ud800" <= letter <= "\udfff" for letter in str(path))  # how Python decodes such bytes
         if foreign or len(path.name.splitlines()) > 1:
-            raise SceneError(
-                f"{path}: has a line break or what is no UTF-8 in its name; rename the file or its folder"
-            )
+            raise SceneError(f"{path}: has a line break or what is no UTF-8 in its name; rename the file or its folder")
 
 
 def plan_scene(path: Path, labels: Labels, grid: Grid, suns: Mapping[str, Sun]) -> SceneJob:
@@ -205,9 +203,7 @@ def read_numbers(scene: rasterio.DatasetReader, window: Window, job: SceneJob) -
         values = scene.read([index + 1 for index in job.channels.values()], window=window.intersection(whole))
     if scene.nodata is not None and not np.isnan(scene.nodata):
         values[values == scene.nodata] = 0
-    numbers = landsat7.as_numbers(
-        values, f"{job.path} (rows from {window.row_off}, columns from {window.col_off})"
-    )
+    numbers = landsat7.as_numbers(values, f"{job.path} (rows from {window.row_off}, columns from {window.col_off})")
     return cut(numbers, Window(0, 0, window.width, window.height), 0)
 
 

@@ -181,9 +181,7 @@ def make_scene(seed: int, size: int, index: int = 0) -> Scene:
         scene = _try_scene(draw_parameters(seed, size, rng), rng)
         if scene is not None and len(np.unique(scene.classes)) == len(CLASS_NAMES):
             return scene
-    raise InputError(
-        f"seed {seed}, tile {index}: none of {ATTEMPTS} reliefs has every class; choose another seed"
-    )
+    raise InputError(f"seed {seed}, tile {index}: none of {ATTEMPTS} reliefs has every class; choose another seed")
 
 
 def draw_parameters(seed: int, size: int, rng: np.random.Generator) -> SceneParameters:
@@ -227,9 +225,7 @@ def _try_scene(parameters: SceneParameters, rng: np.random.Generator) -> Scene |
     return Scene(elevation.astype(np.float32), bands, classes, parameters)
 
 
-def choose_window(
-    classes: np.ndarray, lakes: list[np.ndarray], size: int
-) -> tuple[np.ndarray, tuple[slice, slice]]:
+def choose_window(classes: np.ndarray, lakes: list[np.ndarray], size: int) -> tuple[np.ndarray, tuple[slice, slice]]:
     """Return the lake around which the rarest class has most pixels, and the scene's place on the canvas."""
 
     def rarest(choice: tuple[np.ndarray, tuple[slice, slice]]) -> int:
@@ -429,9 +425,7 @@ def flow_ice(coarse: np.ndarray, line: np.ndarray, drainage: _Drainage) -> _Ice:
     return _Ice(surface, height, np.clip(melted, 0, 1), flux, termini)
 
 
-def _route_flux(
-    balance: np.ndarray, drainage: _Drainage
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, float]]]:
+def _route_flux(balance: np.ndarray, drainage: _Drainage) -> tuple[np.ndarray, np.ndarray, list[tuple[int, float]]]:
     """Return each flattened cell's flux, the largest flux upstream of it, and (cell, flux) of the termini."""
     gain = balance.ravel().tolist()
     flux = [0.0] * len(gain)
@@ -463,9 +457,7 @@ def _nearest_axis(channel: np.ndarray, drainage: _Drainage) -> np.ndarray:
     return np.array(axis).reshape(drainage.shape)
 
 
-def place_lakes(
-    ice: _Ice, drainage: _Drainage, size: int, side: int, rng: np.random.Generator
-) -> list[np.ndarray]:
+def place_lakes(ice: _Ice, drainage: _Drainage, size: int, side: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Return lakes below the largest glaciers' ends, as lines of (col, row) pixels down the valley.
 
     Args:

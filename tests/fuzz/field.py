@@ -34,9 +34,7 @@ class Case(NamedTuple):
     warning: str = ""
 
 
-def write(
-    root: Path, name: str, bands: np.ndarray, places: Callable[[int], tuple[Affine, int]], **profile
-) -> None:
+def write(root: Path, name: str, bands: np.ndarray, places: Callable[[int], tuple[Affine, int]], **profile) -> None:
     """Write a tile of five GeoTIFFs; `places` gives transform and EPSG code of a band by its index."""
     for index, band in enumerate(solution.BANDS):
         transform, epsg = places(index)
@@ -69,9 +67,7 @@ def units(rng: np.random.Generator, bands: np.ndarray, root: Path) -> Case:
     if thermal != "dn":
         stored[..., 4] = np.where(seen[..., 4], physical[..., 4] - (273.15 if thermal == "celsius" else 0), 0)
     write(root, "img001", stored, at())
-    named = {"8-bit": "8-bit numbers", "1": "reflectance", "10000": "reflectance x 10000", "dn": ""}[
-        reflective
-    ]
+    named = {"8-bit": "8-bit numbers", "1": "reflectance", "10000": "reflectance x 10000", "dn": ""}[reflective]
     named = named or {"kelvin": "kelvin", "celsius": "degrees Celsius", "dn": ""}[thermal]
     certain = reflective != "8-bit" and thermal != "celsius"
     return Case(f"{reflective}, {thermal}", {"img001": RIGHT if certain else ""}, named)
@@ -105,9 +101,7 @@ def places(rng: np.random.Generator, bands: np.ndarray, root: Path) -> Case:
 def names(rng: np.random.Generator, bands: np.ndarray, root: Path) -> Case:
     """Write several tiles whose names share what looks like an id; one may lack a band."""
     pattern = str(
-        rng.choice(
-            ["{}_08_14", "tile_{}01_02", "{}img01", "scène {}", "氷河{}", "a{}[1]", "B{}x", "img{:0>3}"]
-        )
+        rng.choice(["{}_08_14", "tile_{}01_02", "{}img01", "scène {}", "氷河{}", "a{}[1]", "B{}x", "img{:0>3}"])
     )
     stems = [pattern.format(number) for number in rng.choice(np.arange(1, 90), size=3, replace=False)]
     for stem in stems:

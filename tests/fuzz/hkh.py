@@ -275,10 +275,7 @@ def odd_values(rng: Random, table: geopandas.GeoDataFrame) -> geopandas.GeoDataF
     values = kinds[int(rng.integers(len(kinds)))][: len(table)]
     name = "Glaciers" if rng.random() < 0.8 else str(rng.choice(["glaciers", "class"]))
     kept = rng.random(len(table)) < 0.3
-    mixed = [
-        old if keep and isinstance(new, str) else new
-        for keep, old, new in zip(kept, table["Glaciers"], values)
-    ]
+    mixed = [old if keep and isinstance(new, str) else new for keep, old, new in zip(kept, table["Glaciers"], values)]
     return geopandas.GeoDataFrame({name: mixed}, geometry=table.geometry.tolist(), crs=table.crs)
 
 

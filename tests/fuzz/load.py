@@ -31,9 +31,7 @@ def lay_out_many(data: Path, tiles: int, side: int) -> None:
     runs.healthy_tiles(data, 5, side)
     for band in solution.BANDS:
         for number in range(5, tiles):
-            os.link(
-                data / band.folder / f"img{number % 5:03d}.tif", data / band.folder / f"img{number:03d}.tif"
-            )
+            os.link(data / band.folder / f"img{number % 5:03d}.tif", data / band.folder / f"img{number:03d}.tif")
 
 
 def run_many(tiles: int, side: int, weights: Path, work: Path) -> Load:

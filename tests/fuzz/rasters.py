@@ -184,9 +184,7 @@ def rewrite_tag(rng: np.random.Generator, content: bytes) -> bytes:
     (directory,) = struct.unpack_from(order + "I", content, 4)
     (count,) = struct.unpack_from(order + "H", content, directory)
     entries = [directory + 2 + 12 * number for number in range(count)]
-    weighty = [
-        e for e in entries if struct.unpack_from(order + "H", content, e)[0] in WEIGHTY_TAGS
-    ] or entries
+    weighty = [e for e in entries if struct.unpack_from(order + "H", content, e)[0] in WEIGHTY_TAGS] or entries
     for entry in rng.choice(weighty, size=int(rng.integers(1, 3))):
         value = int(rng.choice(INTERESTING)) if rng.random() < 0.7 else int(rng.integers(2**32))
         place = rng.random()
@@ -201,9 +199,7 @@ def rewrite_tag(rng: np.random.Generator, content: bytes) -> bytes:
 
 def _write_value(order: str, content: bytearray, entry: int, value: int) -> None:
     short = struct.unpack_from(order + "H", content, entry + 2)[0] == 3
-    struct.pack_into(
-        order + ("H" if short else "I"), content, entry + 8, value & (0xFFFF if short else 0xFFFFFFFF)
-    )
+    struct.pack_into(order + ("H" if short else "I"), content, entry + 8, value & (0xFFFF if short else 0xFFFFFFFF))
 
 
 def foreign(rng: np.random.Generator, content: bytes) -> bytes:
@@ -307,9 +303,7 @@ def declared(side: int) -> bytes:
     return _tiff_of([b"\x07" * 64], side, side, side, 8, compression=1)
 
 
-def _tiff_of(
-    strips: list[bytes], width: int, height: int, rows: int, bits: int, compression: int = 8
-) -> bytes:
+def _tiff_of(strips: list[bytes], width: int, height: int, rows: int, bits: int, compression: int = 8) -> bytes:
     """Return a TIFF of these strips, each of `rows` rows."""
     offsets, position = [], 8
     for strip in strips:

@@ -204,12 +204,7 @@ def judge_tile(tile: Tile, mask: np.ndarray | None, fault: str | None) -> list[s
         faults.append(f"{where}: a whole tile was refused: {fault}")
     if fault and mask.any():
         faults.append(f"{where}: {fault}, but its mask is no background")
-    if (
-        len(tile.damaged) < len(solution.BANDS)
-        and not fault
-        and not tile.damaged
-        and mask.shape != tile.shape
-    ):
+    if len(tile.damaged) < len(solution.BANDS) and not fault and not tile.damaged and mask.shape != tile.shape:
         faults.append(f"{where}: the mask has shape {mask.shape}")
     if fault and not any(remedy in fault for remedy in REMEDIES):
         faults.append(f"{where}: no remedy in: {fault}")
@@ -229,9 +224,7 @@ def judge_end(ending: Ending, statuses: Sequence[object]) -> list[str]:
 # --- solution.py ----------------------------------------------------------------------------------
 
 
-def run_command_line(
-    folder: Path, weights: Path, tiles: Sequence[Tile], as_png: bool
-) -> tuple[list[str], int]:
+def run_command_line(folder: Path, weights: Path, tiles: Sequence[Tile], as_png: bool) -> tuple[list[str], int]:
     """Run the command line over folder/in; return the faults and how many tiles were refused."""
     out, data = folder / "out", folder / "in"
     arguments = [str(data), str(out)] if as_png else ["--data", str(data), "--out", str(out)]

@@ -27,11 +27,7 @@ def test_every_path_exists_and_ten_modules_are_listed():
 def test_names_are_in_the_files_of_their_row():
     for row in re.findall(r"^\| .*\|$", MAP, re.MULTILINE):
         words = CODE.findall(row)
-        texts = [
-            (PROJECT / path).read_text("utf-8")
-            for path in words
-            if is_path(path) and (PROJECT / path).is_file()
-        ]
+        texts = [(PROJECT / path).read_text("utf-8") for path in words if is_path(path) and (PROJECT / path).is_file()]
         for name in (word for word in words if re.fullmatch(r"[A-Za-z_]+", word) and not is_path(word)):
             assert name == "Makefile" or any(re.search(rf"\b{name}\b", text) for text in texts), (name, row)
 

@@ -42,13 +42,10 @@ def test_an_environment_with_the_locks_checksum_is_taken_whatever_the_files_time
     made = subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True).stdout
     assert "bash" not in made and "setup: done" not in made
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    listed = subprocess.run(
-        ["git", "status", "--porcelain"], cwd=tmp_path, capture_output=True, text=True
-    ).stdout
+    listed = subprocess.run(["git", "status", "--porcelain"], cwd=tmp_path, capture_output=True, text=True).stdout
     assert ".venv" not in listed
     with (tmp_path / "requirements.txt").open("a") as stream:
         stream.write("# changed\n")
     assert (
-        "bash .ci/setup"
-        in subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True).stdout
+        "bash .ci/setup" in subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True).stdout
     )

@@ -15,13 +15,9 @@ def pins(name):
 
 
 def test_the_lock_holds_every_requirement_at_its_version():
-    wanted = {
-        package: version for package, version in pins("requirements.txt").items() if package not in BUILT_HERE
-    }
+    wanted = {package: version for package, version in pins("requirements.txt").items() if package not in BUILT_HERE}
     locked = pins("requirements.lock")
-    differing = {
-        package: locked.get(package) for package, version in wanted.items() if locked.get(package) != version
-    }
+    differing = {package: locked.get(package) for package, version in wanted.items() if locked.get(package) != version}
     assert differing == {}, "run `make lock`"
 
 

@@ -30,19 +30,13 @@ def test_every_target_is_phony():
     assert listed.replace("\\\n", " ").split() == ["help", *TARGETS]
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", *(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]
-)
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))])
 def test_documents_name_targets_that_exist(document):
-    named = re.findall(
-        r"(?:`|^)make ([a-z][a-z-]*)", (PROJECT / document).read_text(encoding="utf-8"), re.MULTILINE
-    )
+    named = re.findall(r"(?:`|^)make ([a-z][a-z-]*)", (PROJECT / document).read_text(encoding="utf-8"), re.MULTILINE)
     assert set(named) <= set(TARGETS)
 
 
-@pytest.mark.parametrize(
-    "target", ["predict", "preview", "export", "evaluate", "map", "distil", "report", "compare"]
-)
+@pytest.mark.parametrize("target", ["predict", "preview", "export", "evaluate", "map", "distil", "report", "compare"])
 def test_missing_arguments_are_named(target):
     status, said = make(target)
     assert status == 2 and f"make {target} " in said

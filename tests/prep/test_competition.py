@@ -35,9 +35,7 @@ def write_bands(data: Path, tile_id: str, seed: int, dtype=np.uint16) -> None:
         values[10, 10] = 0 if number == 0 else values[10, 10]
         folder = data / band.folder
         folder.mkdir(parents=True, exist_ok=True)
-        name = (
-            f"{band.landsat}_{band.landsat}_masked_{tile_id}.tif" if "_" in tile_id else f"img{tile_id}.tif"
-        )
+        name = f"{band.landsat}_{band.landsat}_masked_{tile_id}.tif" if "_" in tile_id else f"img{tile_id}.tif"
         tifffile.imwrite(folder / name, values)
 
 
@@ -264,18 +262,14 @@ def test_phase2_labels_in_the_label_folder_are_told_by_their_values(data, out):
 def test_phase1_labels_passed_off_as_phase2_are_refused(data, out):
     shutil.rmtree(data / "label_phase2")
     (data / "label").rename(data / "label_phase2")
-    with pytest.raises(
-        PrepError, match=r"label_phase2: meant as phase 2, but 255 covers 40\.0%.*marks glaciers"
-    ):
+    with pytest.raises(PrepError, match=r"label_phase2: meant as phase 2, but 255 covers 40\.0%.*marks glaciers"):
         prepare(data, out)
     assert_no_store(out)
 
 
 def test_a_phase1_label_among_phase2_labels_is_refused_by_name(data, out):
     write_label(data, "label_phase2", IDS[4], phase1_label())
-    with pytest.raises(
-        PrepError, match=r"Y_output_resized_04_07\.tif: 255 covers 40\.0% of the tile"
-    ) as caught:
+    with pytest.raises(PrepError, match=r"Y_output_resized_04_07\.tif: 255 covers 40\.0% of the tile") as caught:
         prepare(data, out)
     assert len(caught.value.problems) == 1
 
@@ -350,9 +344,7 @@ def test_a_compression_that_nothing_here_undoes_is_named_with_the_way_out(data, 
     profile = {"height": SHAPE[0], "width": SHAPE[1], "count": 1, "dtype": values.dtype, "compress": codec}
     with rasterio.open(path, "w", driver="GTiff", **profile) as file:
         file.write(values, 1)
-    with pytest.raises(
-        PrepError, match=rf"03_08.tif: found {codec} compression.*-co COMPRESS=DEFLATE"
-    ) as caught:
+    with pytest.raises(PrepError, match=rf"03_08.tif: found {codec} compression.*-co COMPRESS=DEFLATE") as caught:
         prepare(data, out)
     assert len(caught.value.problems) == 1
 

@@ -27,9 +27,7 @@ def scatter_tiles(number: int, phase2: int, seed: int) -> list[TileRow]:
     tiles = []
     for index, cell in enumerate(random.choice(100, number, replace=False)):
         ice, debris, lake = (int(area) for area in random.gamma(1, [60000, 5000, 300]))
-        counts = (
-            {"glacier": ice, "debris": debris, "lake": lake} if index < phase2 else {"glacier_or_debris": ice}
-        )
+        counts = {"glacier": ice, "debris": debris, "lake": lake} if index < phase2 else {"glacier_or_debris": ice}
         labels = "phase2" if index < phase2 else "phase1"
         tiles.append(make_tile((int(cell) // 10, int(cell) % 10), labels, other=100000, **counts))
     return tiles

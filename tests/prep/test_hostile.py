@@ -31,9 +31,7 @@ def out(tmp_path):
 
 def run_main(data, out, *more):
     """Run the command under the limits of the search; return its exit status and what it said."""
-    ending = runs.call(
-        "prep", lambda: prep_main(["competition", "--data", str(data), "--out", str(out), *more])
-    )
+    ending = runs.call("prep", lambda: prep_main(["competition", "--data", str(data), "--out", str(out), *more]))
     assert not ending.raised, ending.raised
     assert "Traceback" not in ending.said, ending.said
     return ending.result, ending.said

@@ -153,9 +153,7 @@ def runs(submission, platform_tiles, training_tiles, tmp_path_factory):
             submission,
             1,
         ),
-        "instructions": run_python(
-            [solve, "--imagepath", broken, "--output", out / "instructions"], empty, 2
-        ),
+        "instructions": run_python([solve, "--imagepath", broken, "--output", out / "instructions"], empty, 2),
         "platform": run_python(
             [script, submission, platform_tiles, crf_model, out / "second", out / "masks.npz"], empty, 3
         ),
@@ -258,9 +256,7 @@ def assert_same(masks, expected):
         np.testing.assert_array_equal(masks[identifier], mask)
 
 
-def test_a_folder_that_cannot_be_written_to_still_gives_masks(
-    module, platform_tiles, expected, tmp_path, capfd
-):
+def test_a_folder_that_cannot_be_written_to_still_gives_masks(module, platform_tiles, expected, tmp_path, capfd):
     (tmp_path / "file").write_text("in the way")
     masks = module.maskgeration(platform_tiles, tmp_path / "file" / "out")
     assert_same(masks, expected)
@@ -268,9 +264,7 @@ def test_a_folder_that_cannot_be_written_to_still_gives_masks(
     assert contents(tmp_path) == {"file": b"in the way"}
 
 
-def test_a_file_that_cannot_be_written_still_gives_all_masks(
-    module, platform_tiles, expected, tmp_path, capfd
-):
+def test_a_file_that_cannot_be_written_still_gives_all_masks(module, platform_tiles, expected, tmp_path, capfd):
     (tmp_path / "img002.tif").mkdir()
     assert_same(module.maskgeration(platform_tiles, str(tmp_path)), expected)
     assert "the mask of img002.tif cannot be written" in capfd.readouterr().err
@@ -373,9 +367,7 @@ def test_a_broken_band_costs_that_tile_only(module, platform_tiles, expected, tm
     assert sorted(contents(tmp_path / "out")) == ["img001.png", "img002.png", "img003.png"]
     np.testing.assert_array_equal(read_png(tmp_path / "out" / "img001.png"), np.zeros((96, 96), np.uint8))
     for identifier in ("002", "003"):
-        np.testing.assert_array_equal(
-            read_png(tmp_path / "out" / f"img{identifier}.png"), expected[identifier]
-        )
+        np.testing.assert_array_equal(read_png(tmp_path / "out" / f"img{identifier}.png"), expected[identifier])
 
 
 def test_a_missing_band_folder_costs_every_tile_but_says_so(module, platform_tiles, tmp_path, capfd):
@@ -386,9 +378,7 @@ def test_a_missing_band_folder_costs_every_tile_but_says_so(module, platform_til
     assert capfd.readouterr().err.count("no file in Band5") == 3
 
 
-def test_a_mask_that_cannot_be_written_costs_that_tile_only(
-    module, platform_tiles, expected, tmp_path, capfd
-):
+def test_a_mask_that_cannot_be_written_costs_that_tile_only(module, platform_tiles, expected, tmp_path, capfd):
     (tmp_path / "img001.png").mkdir()
     assert module.main([str(platform_tiles), str(tmp_path)]) == 1
     error = capfd.readouterr().err
@@ -411,9 +401,7 @@ def test_no_tiles_is_status_2_with_the_layout(module, tmp_path, capfd, doors):
 
 
 @pytest.mark.parametrize("weights", ["missing", "empty", "damaged", "text"])
-def test_bad_weights_are_status_2_and_nothing_is_written(
-    module, submission, platform_tiles, tmp_path, capfd, weights
-):
+def test_bad_weights_are_status_2_and_nothing_is_written(module, submission, platform_tiles, tmp_path, capfd, weights):
     path = tmp_path / "model.pth"
     whole = (submission / "model.pth").read_bytes()
     content = {"empty": b"", "damaged": whole[: len(whole) // 2], "text": b"git-lfs pointer"}.get(weights)
@@ -427,9 +415,7 @@ def test_bad_weights_are_status_2_and_nothing_is_written(
     assert contents(out) == {}
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["IN"], ["--data", "D"], ["--out", "O"], ["A", "B", "--data", "D"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["IN"], ["--data", "D"], ["--out", "O"], ["A", "B", "--data", "D"]])
 def test_incomplete_command_lines_are_status_2(module, arguments, capfd):
     with pytest.raises(SystemExit) as stopped:
         module.main(arguments)
@@ -481,9 +467,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (1000, limits[1])
-        )  # a full disk, for files above 1000 bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a full disk, for files above 1000 bytes
         with pytest.raises(OSError):
             solution.write_atomically(path, b"x" * 10_000)
     finally:
@@ -562,9 +546,7 @@ def test_annotations_are_python_3_9(tree):
     optional = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.BinOp)
-        and isinstance(node.op, ast.BitOr)
-        and ast.unparse(node.right) == "None"
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr) and ast.unparse(node.right) == "None"
     ]
     annotations = [node.annotation for node in ast.walk(tree) if isinstance(node, (ast.arg, ast.AnnAssign))]
     annotations += [node.returns for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

@@ -44,9 +44,7 @@ def write_placed(root, bands, name="img001.tif", transform=NORTH_UP, epsg=32643,
         path = root / band.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         profile = {"driver": "GTiff", "height": values.shape[0], "width": values.shape[1], "count": 1}
-        with rasterio.open(
-            path, "w", dtype="float32", crs=f"EPSG:{crs}", transform=lies, **profile
-        ) as raster:
+        with rasterio.open(path, "w", dtype="float32", crs=f"EPSG:{crs}", transform=lies, **profile) as raster:
             raster.write(values, 1)
     return root
 
@@ -98,9 +96,7 @@ def test_a_band_without_any_value_is_named_and_counted(tmp_path, capsys, nothing
 def test_lzw_with_an_alpha_band_is_refused(tmp_path):
     values = np.full((2, 40, 50), 40306, np.uint16)
     profile = {"driver": "GTiff", "height": 40, "width": 50, "count": 2, "dtype": "uint16"}
-    with rasterio.open(
-        tmp_path / "a.tif", "w", compress="lzw", interleave="pixel", alpha="yes", **profile
-    ) as raster:
+    with rasterio.open(tmp_path / "a.tif", "w", compress="lzw", interleave="pixel", alpha="yes", **profile) as raster:
         raster.write(values)
     with pytest.raises(solution.TileError, match="a.tif: .*export the file again"):
         solution.read_raster(tmp_path / "a.tif")
@@ -142,9 +138,7 @@ def test_reflectance_and_kelvin_are_told_and_converted(tmp_path, capsys, factor,
         stored[..., 4] = physical(bands)[..., 4]
     write_tile(tmp_path / "numbers", "001", bands)
     write_tile(tmp_path / "other", "001", stored)
-    expected, image = (
-        solution.read_tile(solution.find_tiles(tmp_path / name)[0]) for name in ("numbers", "other")
-    )
+    expected, image = (solution.read_tile(solution.find_tiles(tmp_path / name)[0]) for name in ("numbers", "other"))
     np.testing.assert_allclose(image, expected, atol=1e-3)  # NaN is where NaN is: dark snow is below 0
     assert "look like reflectance" in capsys.readouterr().err
 

@@ -54,9 +54,7 @@ def test_merging_batchnorms_keeps_the_logits():
 
 
 def test_sizes_are_the_tasks_whatever_the_file_says():
-    network = solution.build_network(
-        {"name": "Unet", "args": {**TINY_ARCH["args"], "classes": 7, "in_channels": 3}}
-    )
+    network = solution.build_network({"name": "Unet", "args": {**TINY_ARCH["args"], "classes": 7, "in_channels": 3}})
     with torch.no_grad():
         assert network.eval()(torch.zeros(1, 5, 32, 32)).shape == (1, 1, 32, 32)
 
@@ -234,11 +232,7 @@ def test_every_load_is_weights_only():
     """Checked in the source: torch before 2.6 unpickles anything by default."""
     tree = ast.parse((PROJECT / "solution.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    loads = [
-        call
-        for call in calls
-        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "torch.load"
-    ]
+    loads = [call for call in calls if isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "torch.load"]
     assert loads
     for call in loads:
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}

@@ -46,9 +46,7 @@ def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def network_input(image: np.ndarray) -> np.ndarray:
     """Return (5, H, W) float32 normalised bands, worked out apart from solution.normalize."""
-    channels = [
-        (image[..., i] - NORMALIZATION["mean"][i]) / NORMALIZATION["std"][i] for i in range(image.shape[2])
-    ]
+    channels = [(image[..., i] - NORMALIZATION["mean"][i]) / NORMALIZATION["std"][i] for i in range(image.shape[2])]
     return np.stack(channels).astype(np.float32)
 
 
@@ -113,9 +111,7 @@ def test_views_are_averaged(count):
     model = in_memory(network, views=count)
     probs = solution.predict_window(model, image)[0]
     x, there_and_back = network_input(image), list(NUMPY_VIEWS.values())[:count]
-    expected = np.mean(
-        [back(of_classes(answer(network, there(x)))) for there, back in there_and_back], axis=0
-    )
+    expected = np.mean([back(of_classes(answer(network, there(x)))) for there, back in there_and_back], axis=0)
     np.testing.assert_allclose(probs, expected, atol=1e-5)
     if count > 1:
         assert np.abs(probs - of_classes(answer(network, x))).max() > 0.01

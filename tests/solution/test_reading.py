@@ -108,9 +108,7 @@ def test_folders_without_tiles_are_an_error_with_the_layout(tmp_path):
     with pytest.raises(solution.InputError, match="found pictures; expected a folder with Band1 ... Band5"):
         solution.find_tiles(tmp_path)
     (tmp_path / "Band1").mkdir()
-    with pytest.raises(
-        solution.InputError, match="no TIFF in .*Band1; expected a folder with Band1 ... Band5"
-    ):
+    with pytest.raises(solution.InputError, match="no TIFF in .*Band1; expected a folder with Band1 ... Band5"):
         solution.find_tiles(tmp_path)
     with pytest.raises(solution.InputError, match="expected a folder with Band1 ... Band5"):
         solution.find_tiles({"Band1": tmp_path / "absent"})
@@ -170,9 +168,7 @@ def test_nodata_becomes_nan(tmp_path, dtype, fill, declared):
 )
 def test_compressed_and_tiled_files(tmp_path, options):
     values = np.random.default_rng(1).integers(1, 65000, (40, 50)).astype(np.uint16)
-    np.testing.assert_array_equal(
-        solution.read_raster(write_band(tmp_path / "a.tif", values, **options))[0], values
-    )
+    np.testing.assert_array_equal(solution.read_raster(write_band(tmp_path / "a.tif", values, **options))[0], values)
 
 
 def test_an_axis_of_length_one_is_dropped(tmp_path):

@@ -178,9 +178,7 @@ def test_an_ample_budget_gives_what_none_gives(clock, tiles, monkeypatch):
         np.testing.assert_array_equal(ample.masks[key], mask)
 
 
-def test_where_not_even_one_pass_a_tile_fits_the_rest_is_background_and_named(
-    clock, tiles, monkeypatch, capsys
-):
+def test_where_not_even_one_pass_a_tile_fits_the_rest_is_background_and_named(clock, tiles, monkeypatch, capsys):
     summary = run(monkeypatch, slow_model(clock), tiles, "4.5")
     assert len(summary.masks) == 4 and sorted(summary.passes.values()) == [0, 0, 1, 1]
     assert len(summary.faults) == 2
@@ -307,12 +305,8 @@ def test_windows_of_a_scene_side_by_side_give_the_same_mask(tmp_path, monkeypatc
     np.testing.assert_array_equal(together["001"], alone["001"])
 
 
-@pytest.mark.parametrize(
-    "cores, tiles, size, expected", [(8, 25, 64, 3), (2, 25, 64, 2), (4, 3, 64, 3), (4, 9, 65, 1)]
-)
-def test_threads_are_shared_between_tiles_unless_windows_need_them(
-    tmp_path, monkeypatch, cores, tiles, size, expected
-):
+@pytest.mark.parametrize("cores, tiles, size, expected", [(8, 25, 64, 3), (2, 25, 64, 2), (4, 3, 64, 3), (4, 9, 65, 1)])
+def test_threads_are_shared_between_tiles_unless_windows_need_them(tmp_path, monkeypatch, cores, tiles, size, expected):
     monkeypatch.setattr(solution, "LARGEST_TILE", 64)
     monkeypatch.setattr(solution, "usable_cores", lambda: cores)
     for number in range(2):

@@ -27,9 +27,7 @@ def coordinate_tile(height: int = 60, width: int = 90) -> Tile:
 
 def jitter_physical(values, seed: int = 1, **config) -> np.ndarray:
     """Return physical values (..., 5) after `jitter`."""
-    changed = jitter(
-        (values - MEAN) / STD, NORMALIZATION, AugmentConfig(**config), np.random.default_rng(seed)
-    )
+    changed = jitter((values - MEAN) / STD, NORMALIZATION, AugmentConfig(**config), np.random.default_rng(seed))
     return changed * STD + MEAN
 
 
@@ -112,9 +110,7 @@ def test_flips_and_turns_reach_all_eight_orientations_exactly():
 def test_without_jitter_nothing_changes_and_nodata_stays_nodata():
     values = np.random.default_rng(0).normal(size=(6, 7, 5)).astype(np.float32)
     values[2, 3] = values[4, 4, 1] = np.nan
-    assert np.array_equal(
-        jitter(values, NORMALIZATION, AugmentConfig(), np.random.default_rng(0)), values, True
-    )
+    assert np.array_equal(jitter(values, NORMALIZATION, AugmentConfig(), np.random.default_rng(0)), values, True)
     config = AugmentConfig(gain=0.1, offset=0.1, illumination=0.1, saturate=0.5)
     changed = jitter(values, NORMALIZATION, config, np.random.default_rng(0))
     assert np.array_equal(np.isnan(changed), np.isnan(values))

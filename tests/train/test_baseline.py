@@ -41,9 +41,7 @@ def test_every_tile_gives_as_many_pixels_at_most(monkeypatch):
     monkeypatch.setattr(baseline, "PIXELS_PER_TILE", 30)
     codes = np.tile(np.uint8([0, 1]), (20, 20))
     features = np.arange(800, dtype=np.float32).reshape(1, 20, 40)
-    one, again, other = (
-        draw_examples(features, codes, IS_GLACIER, seed) for seed in ((0, 1), (0, 1), (0, 2))
-    )
+    one, again, other = (draw_examples(features, codes, IS_GLACIER, seed) for seed in ((0, 1), (0, 1), (0, 2)))
     assert len(one.answers) == 30
     assert np.array_equal(one.features, again.features) and not np.array_equal(one.features, other.features)
 
@@ -62,9 +60,7 @@ def test_an_answer_is_scikit_learns_probability_at_its_pixel():
     answers = pixels[:, 0] * pixels[:, 1] > 0
     image = rng.normal(size=(4, 3, 7)).astype(np.float32)
     found = Answer([Examples(pixels[:900], answers[:900]), Examples(pixels[900:], answers[900:])], 5)
-    model = HistGradientBoostingClassifier(**BOOSTING, early_stopping=False, random_state=5).fit(
-        pixels, answers
-    )
+    model = HistGradientBoostingClassifier(**BOOSTING, early_stopping=False, random_state=5).fit(pixels, answers)
     expected = model.predict_proba(image[:, 1, 2][None])[0, 1]
     assert found.logits(image).sigmoid()[1, 2] == pytest.approx(expected, abs=1e-6)
 

@@ -19,9 +19,7 @@ from prep.synthetic.scenes import write_sample
 from train.checklist import LINES, add_checklist_arguments, run_checklist
 from train.pretrained import input_identity
 
-PRETRAINING, TUNING, SUBMISSION = (
-    f"before {step}, " for step in ("pretraining", "fine-tuning", "submission")
-)
+PRETRAINING, TUNING, SUBMISSION = (f"before {step}, " for step in ("pretraining", "fine-tuning", "submission"))
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # rasterio 1.4 on affine 3
 
@@ -49,9 +47,7 @@ def walk(folder, capsys, weights="none") -> tuple[int, dict[str, str]]:
     """Return the exit status, and the mark of each line."""
     parser = argparse.ArgumentParser()
     add_checklist_arguments(parser)
-    given = {name: folder / name for name in ("hkh", "store", "recipe", "pretrained")} | {
-        "weights": folder / weights
-    }
+    given = {name: folder / name for name in ("hkh", "store", "recipe", "pretrained")} | {"weights": folder / weights}
     status = run_checklist(parser.parse_args([part for n, p in given.items() for part in (f"--{n}", str(p))]))
     said = capsys.readouterr().out.splitlines()
     return status, {line[6:].partition(": ")[0]: line[:4].strip() for line in said}
@@ -65,9 +61,7 @@ def test_every_line_passes_on_synthetic_data(inputs, capsys):
 def test_what_is_not_there_does_not_apply(tmp_path, capsys):
     (tmp_path / "recipe").write_text(f"base: {SMOKE}\n")
     status, marks = walk(tmp_path, capsys)
-    assert {line for line, mark in marks.items() if mark != "n/a"} == {
-        TUNING + "learning rate"
-    } and status == 0
+    assert {line for line, mark in marks.items() if mark != "n/a"} == {TUNING + "learning rate"} and status == 0
 
 
 # --- Ways to spoil them -------------------------------------------------------------------------------------

@@ -34,9 +34,7 @@ def test_every_recipe_of_the_kit_loads(path):
 
 def test_file_changes_defaults_and_override_changes_file(tmp_path):
     path = write(tmp_path / "run.yaml", "optim:\n  lr: 2e-3\n  weight_decay: 0.5\n")
-    config = load_config(
-        path, ["optim.lr=3e-4", "augment.scale=[1,2]", "train.epochs=7", "pack.time_budget=null"]
-    )
+    config = load_config(path, ["optim.lr=3e-4", "augment.scale=[1,2]", "train.epochs=7", "pack.time_budget=null"])
     assert (config.optim.lr, config.optim.weight_decay, config.train.epochs) == (3e-4, 0.5, 7)
     assert config.augment.scale == [1.0, 2.0] and config.pack.time_budget is None
     assert config.loss == Config().loss
@@ -211,7 +209,5 @@ def test_a_member_that_cannot_be_is_named(member, message):
 
 
 def test_a_setting_without_its_group_is_told_with_it():
-    with pytest.raises(
-        ConfigError, match=r"unknown key 'encoder_name'; did you mean model\.args\.encoder_name\? "
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key 'encoder_name'; did you mean model\.args\.encoder_name\? "):
         load_config(overrides=["encoder_name=resnet99"])

@@ -126,9 +126,7 @@ def test_worker_processes_and_a_small_memory_give_the_same_crops(store, monkeypa
 
 def test_mixed_crops_hold_rectangles_of_other_tiles(tmp_path):
     tiles = store_of_masks(tmp_path / "store", *(np.full((80, 80), n, np.uint8) for n in range(4)))
-    config = smoke_config(
-        tmp_path / "store", "data.mix=1.0", "data.steps_per_epoch=30", "augment.affine_share=0"
-    )
+    config = smoke_config(tmp_path / "store", "data.mix=1.0", "data.steps_per_epoch=30", "augment.affine_share=0")
     dataset = CropDataset(tiles, config.data, config.augment, seed=0)
     mixed = []
     for index in range(60):
@@ -167,16 +165,12 @@ def test_a_fold_is_kept_out_and_all_keeps_none(store, tmp_path):
 def test_normalisation_knows_nothing_of_the_held_out_tiles_which_are_served_whole(store):
     opened, fold = TileStore(store), open_fold(smoke_config(store), 0)
     assert (fold.train_ids, fold.val_ids) == (["002", "003"], ["000", "001"])
-    pixels = np.concatenate([opened.image(tile_id).reshape(-1, 5) for tile_id in fold.train_ids]).astype(
-        float
-    )
+    pixels = np.concatenate([opened.image(tile_id).reshape(-1, 5) for tile_id in fold.train_ids]).astype(float)
     assert fold.normalization["mean"] == pytest.approx(np.nanmean(pixels, axis=0), rel=1e-6)
     assert fold.normalization["std"] == pytest.approx(np.nanstd(pixels, axis=0), rel=1e-6)
     for tile_id, (image, codes) in zip(fold.val_ids, fold.val_loader):
         assert np.array_equal(codes[0].numpy(), opened.mask(tile_id))
-        physical = (
-            image[0].numpy().transpose(1, 2, 0) * fold.normalization["std"] + fold.normalization["mean"]
-        )
+        physical = image[0].numpy().transpose(1, 2, 0) * fold.normalization["std"] + fold.normalization["mean"]
         known = ~np.isnan(opened.image(tile_id))
         assert np.allclose(physical[known], opened.image(tile_id)[known], rtol=1e-4, atol=1e-4)
 

@@ -27,9 +27,7 @@ def test_a_fold_is_taught_by_networks_that_never_saw_what_it_holds_out(smoke_run
         assert [record["views"] for record in teachers] == [1, 6]  # both members, and no network of the kind
         assert all(record["val_tiles"] == held_out for record in teachers)
     assert len(find_teachers([str(smoke_run / "north")], 0, HELD_OUT[0])) == 1
-    with pytest.raises(
-        RunError, match=r"fold0.fold\.pt: was trained on tile 002, which the student's fold 0 hol"
-    ):
+    with pytest.raises(RunError, match=r"fold0.fold\.pt: was trained on tile 002, which the student's fold 0 hol"):
         find_teachers([str(smoke_run)], 0, ["000", "002"])
 
 
@@ -63,9 +61,7 @@ def test_of_the_folds_those_answer_that_did_not_train_on_the_tile(smoke_run, sto
     tiles = TileStore(store)
     write_answers(find_teachers([str(smoke_run / "north")], ALL, []), tiles, ["000"], tmp_path / "both")
     write_answers([read_fold(smoke_run / "north" / "fold0" / "fold.pt")], tiles, ["000"], tmp_path / "one")
-    np.testing.assert_array_equal(
-        np.load(tmp_path / "both" / "000.npy"), np.load(tmp_path / "one" / "000.npy")
-    )
+    np.testing.assert_array_equal(np.load(tmp_path / "both" / "000.npy"), np.load(tmp_path / "one" / "000.npy"))
 
 
 @pytest.mark.parametrize("affine_share", [0.0, 1.0])
@@ -127,9 +123,7 @@ def test_a_student_without_teachers_is_the_network_of_its_labels(smoke_run, stor
     assert all(torch.allclose(taught[name].float(), alone[name].float(), atol=1e-5) for name in alone)
 
 
-def test_the_command_trains_students_that_are_scored_and_packed_like_any_run(
-    smoke_run, store, tmp_path, capsys
-):
+def test_the_command_trains_students_that_are_scored_and_packed_like_any_run(smoke_run, store, tmp_path, capsys):
     recipe = tmp_path / "student.yaml"
     recipe.write_text(f"base: {SMOKE}\nmembers: {{student: {{ship: all}}}}\n")
     run = tmp_path / "run"

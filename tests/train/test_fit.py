@@ -87,9 +87,7 @@ def test_the_folder_holds_results_only_with_the_history_of_the_kept_epoch(finish
     assert rows[record["epoch"] - 1]["val_mcc"] == pytest.approx(record["val_mcc"], abs=1e-5)
     assert max(row["val_mcc"] for row in rows) == pytest.approx(record["val_mcc"], abs=1e-5)
     for row in rows:
-        assert sum(value for key, value in row.items() if key.startswith("pixels_")) == pytest.approx(
-            1, abs=1e-4
-        )
+        assert sum(value for key, value in row.items() if key.startswith("pixels_")) == pytest.approx(1, abs=1e-4)
 
 
 def test_a_finished_fold_is_not_fitted_again(finished, capsys):
@@ -214,10 +212,7 @@ def test_what_no_network_learns_is_told(store, tmp_path, capsys):
     opened = TileStore(store)
     lakes = sum(tile.counts["lake"] for tile in opened.tiles) * 0.0009
     fit_smoke(store, tmp_path / "run", "--member", "north", "--folds", "1", "train.epochs=1")
-    assert (
-        f"{store}: the labels show {lakes:.1f} km² of lakes, which nothing here learns"
-        in capsys.readouterr().err
-    )
+    assert f"{store}: the labels show {lakes:.1f} km² of lakes, which nothing here learns" in capsys.readouterr().err
     bare = opened.tiles[0]._replace(counts=dict.fromkeys(opened.tiles[0].counts, 0))
     opened.tiles = [bare._replace(tile_id=tile.tile_id) for tile in opened.tiles]
     assert describe_unlearned(opened) == ""

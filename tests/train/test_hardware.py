@@ -35,9 +35,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(setting):
 def test_more_devices_than_there_are_gpus_are_refused():
     there = max(1, torch.cuda.device_count())
     more = [f"trainer.devices={there + 1}", f"data.batch_size={2 * (there + 1)}"]
-    with pytest.raises(
-        ConfigError, match=rf"\(make: DEVICES\) is {there + 1}, found .*; expected {there} at most"
-    ):
+    with pytest.raises(ConfigError, match=rf"\(make: DEVICES\) is {there + 1}, found .*; expected {there} at most"):
         trainer_options(load_config(overrides=more))
     assert trainer_options(load_config(overrides=[*more, CPU]))["devices"] == there + 1
 

@@ -84,9 +84,7 @@ def test_only_pixels_of_known_kind_count(tmp_path):
 
 def test_a_store_without_a_kind_is_refused(tmp_path):
     config = smoke_config(make_store(tmp_path / "store", size=64, labels=("phase1",)))
-    with pytest.raises(
-        DataError, match="0 pixels of known kind to train on, 0 of them debris; expected both"
-    ):
+    with pytest.raises(DataError, match="0 pixels of known kind to train on, 0 of them debris; expected both"):
         fit_kind(config, tmp_path / "kind", [0])
 
 

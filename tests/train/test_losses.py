@@ -46,9 +46,7 @@ def test_focal_loss_is_that_of_the_paper(gamma):
 
 def test_dice_loss_is_the_mean_of_both_sides():
     logits, target = make_pixels()
-    sides = [
-        DiceLoss("binary")(s * logits[None, None], t[None, None]) for s, t in ((1, target), (-1, 1 - target))
-    ]
+    sides = [DiceLoss("binary")(s * logits[None, None], t[None, None]) for s, t in ((1, target), (-1, 1 - target))]
     assert dice_loss(logits, target).item() == pytest.approx(float(sum(sides)) / 2, rel=1e-5)
 
 
@@ -97,9 +95,7 @@ def test_every_term_counts_by_its_weight():
     logits, target = as_maps(*make_pixels())
     weights = {"focal": 0.25, "dice": 0.5, "tversky": 0.4, "lovasz": 0.6}
     expected = sum(weight * only(term)(logits, target) for term, weight in weights.items())
-    assert ExtentLoss(LossConfig(**weights))(logits, target).item() == pytest.approx(
-        expected.item(), rel=1e-6
-    )
+    assert ExtentLoss(LossConfig(**weights))(logits, target).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("term", TERMS)

@@ -22,9 +22,6 @@ def test_what_make_is_refused_names_its_variables(monkeypatch, capsys, tmp_path)
 
 def test_those_variables_are_in_the_makefile():
     for variable in MAKE_NAMES.values():
-        assert (
-            f"$({variable.partition('=')[0]})" in MAKEFILE
-            or f"$(if $({variable.partition('=')[0]})" in MAKEFILE
-        )
+        assert f"$({variable.partition('=')[0]})" in MAKEFILE or f"$(if $({variable.partition('=')[0]})" in MAKEFILE
     lines = [line for line in MAKEFILE.splitlines() if re.search(r"-m train\b", line)]
     assert lines == ["TRAIN := CALLED_BY_MAKE=yes $(PY) -m train"]

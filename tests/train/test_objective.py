@@ -122,9 +122,7 @@ def score_by_hand(tiles):
     """Return the four MCC values of `score_tiles` from pixels, with scikit-learn."""
     found = {}
     for pixels in ("valid_pixels", "all_pixels"):
-        codes = [
-            np.where(codes == IGNORE, 0, codes) if pixels == "all_pixels" else codes for _, codes, _ in tiles
-        ]
+        codes = [np.where(codes == IGNORE, 0, codes) if pixels == "all_pixels" else codes for _, codes, _ in tiles]
         guesses = [np.where(codes == IGNORE, 0, guess) for _, codes, guess in tiles]
         kept = [values != IGNORE for values in codes]
         codes = [values[keep] for values, keep in zip(codes, kept)]
@@ -259,9 +257,7 @@ def test_scores_that_no_tile_has_have_no_interval():
 
 def test_tiles_of_a_store_are_counted_with_their_labels_and_folds(tmp_path):
     store = TileStore(make_store(tmp_path / "store"))
-    tiles = metrics.count_tiles(
-        store, ["002", "001"], lambda name: store.mask(name) % 4, {"001": 3, "002": 1}
-    )
+    tiles = metrics.count_tiles(store, ["002", "001"], lambda name: store.mask(name) % 4, {"001": 3, "002": 1})
     assert [(tile.tile_id, tile.fold, tile.labels) for tile in tiles] == [
         ("002", 1, "phase2"),
         ("001", 3, "phase1"),

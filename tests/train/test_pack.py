@@ -53,9 +53,7 @@ def test_the_packed_model_answers_as_the_networks_of_its_run(packed, smoke_run, 
         ("kind.hidden=64", "kind.*was made with other settings or labels"),
     ],
 )
-def test_a_run_of_another_recipe_is_neither_scored_nor_packed(
-    smoke_run, store, tmp_path, capsys, settings, message
-):
+def test_a_run_of_another_recipe_is_neither_scored_nor_packed(smoke_run, store, tmp_path, capsys, settings, message):
     out = tmp_path / "model.pth"
     out.write_bytes(b"precious")
     common = ["--recipe", str(SMOKE), "--run", str(smoke_run), f"data.store={store}", settings]
@@ -101,9 +99,7 @@ def test_the_limits_on_the_card_are_those_of_the_store(packed, store):
     assert km2["lake"] > 0.05 and f"Lakes are never predicted ({km2['lake']:.1f} km² in the labels)" in card
     assert f"Debris is known from {km2['debris']:.1f} km² of labels" in card
     assert f"4 tiles with {sum(km2.values()) - km2['ignore']:.0f} km² of labelled pixels (blue " in card
-    assert (
-        "north above" not in card and "scene" not in card
-    )  # asked in two views; how many scenes is not known
+    assert "north above" not in card and "scene" not in card  # asked in two views; how many scenes is not known
 
 
 def test_the_command_on_the_card_repeats_the_run(packed, store):
@@ -112,9 +108,7 @@ def test_the_command_on_the_card_repeats_the_run(packed, store):
     words = shlex.split(content["provenance"]["command"])
     given = dict(word.split("=", 1) for word in words[-3:])
     assert words[:2] == ["make", "train-all"] and given["RECIPE"] == str(SMOKE)
-    made = load_config(
-        SMOKE, [f"data.store={store}", f"data.scheme={given['SCHEME']}", *given["SET"].split()]
-    )
+    made = load_config(SMOKE, [f"data.store={store}", f"data.scheme={given['SCHEME']}", *given["SET"].split()])
     assert to_text(made) == content["recipe"] and given["SET"] == "pack.time_budget=30.0"
 
 
@@ -172,9 +166,7 @@ def test_an_older_file_is_kept_and_too_large_a_one_is_refused(packed, smoke_run,
 
 def test_another_recipe_than_the_runs_is_refused(smoke_run, store, tmp_path):
     settings = {"augment": {"flip": True, "rot90": True}}
-    config = change_config(
-        smoke_config(store), {"members": {"north": {"views": 6, "settings": settings}}}, "test"
-    )
+    config = change_config(smoke_config(store), {"members": {"north": {"views": 6, "settings": settings}}}, "test")
     with pytest.raises(RunError, match="other settings than the recipe in augment.flip, augment.rot90"):
         pack(smoke_run, config, tmp_path / "m.pth", "")
 

@@ -61,9 +61,7 @@ def test_the_ensemble_is_the_mean_over_views_then_members(tmp_path):
         np.save(tmp_path / name / "views" / "t.npy", np.stack(logits))
     members = {"a": MemberConfig(weight=1.0, views=1), "b": MemberConfig(weight=3.0, views=2)}
     expected = (1 * 0.8 + 3 * (0.1 + 0.3) / 2) / 4
-    assert extent_out_of_fold(tmp_path, "t", members).numpy() == pytest.approx(
-        np.full((2, 3), expected), abs=1e-3
-    )
+    assert extent_out_of_fold(tmp_path, "t", members).numpy() == pytest.approx(np.full((2, 3), expected), abs=1e-3)
     with pytest.raises(RunError, match="missing.npy: not predicted yet"):
         load_views(tmp_path / "a", "missing", 1)
 

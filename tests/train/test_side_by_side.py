@@ -25,9 +25,7 @@ from train.side_by_side import (
 def test_networks_at_once_have_the_weights_of_one_after_the_other(store, smoke_run, tmp_path, capsys):
     run = fit_smoke(store, tmp_path / "run", "--jobs", "2", "--member", "north")
     said = capsys.readouterr().out
-    assert said.startswith(
-        "training 2 networks, 2 at once, on 1 CPU, precision 32-true, 1 thread each; 8 steps of 2 "
-    )
+    assert said.startswith("training 2 networks, 2 at once, on 1 CPU, precision 32-true, 1 thread each; 8 steps of 2 ")
     assert {"north, fold 0: done", "north, fold 1: done"} <= set(said.splitlines())
     assert not list(run.rglob(side_by_side.STEPS_FILE))
     for fold in ("fold0", "fold1"):

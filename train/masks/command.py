@@ -19,9 +19,7 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `preview`."""
     parser.add_argument("--data", type=Path, required=True, help="folder with Band1 ... Band5")
     parser.add_argument("--masks", type=Path, help="folder of masks; default: made with --weights")
-    parser.add_argument(
-        "--labels", type=Path, help="folder of labels, or with label folders, to draw beside them"
-    )
+    parser.add_argument("--labels", type=Path, help="folder of labels, or with label folders, to draw beside them")
     parser.add_argument(
         "--weights", type=Path, help="model.pth, for masks and maps of confidence: takes all its passes"
     )
@@ -45,9 +43,7 @@ def run_preview(arguments: argparse.Namespace) -> int:
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
     parser.add_argument("--pred", type=Path, required=True, help="folder of masks of any origin, PNG or TIFF")
-    parser.add_argument(
-        "--labels", type=Path, required=True, help="folder of labels, or with label folders in it"
-    )
+    parser.add_argument("--labels", type=Path, required=True, help="folder of labels, or with label folders in it")
     parser.add_argument(
         "--phase", choices=tuple(PHASE_OPTIONS), default="auto", help="of the labels (auto: by their values)"
     )
@@ -106,9 +102,7 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bands", nargs=5, type=Path, metavar=names, help="any five rasters of Level-2 numbers on one grid"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the map; of several, one in it each"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the map; of several, one in it each")
     parser.add_argument("--weights", type=Path, help="model.pth; default: where solution.py finds it")
     parser.add_argument("--keep-clouds", action="store_true", help="classify what QA_PIXEL says is cloud")
     parser.add_argument("--aoi", type=Path, help="area of interest: polygons in any format and system")

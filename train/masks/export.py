@@ -66,18 +66,13 @@ def export_masks(masks: Path, data: Path, out: Path) -> Exported:
     for tile in tqdm(tiles, desc="masks", unit="tile", disable=None):
         classes, place = _read_fitting(found, tile)
         layout = Layout(classes.shape, ("glacier class",), values=VALUES)  # no nodata: 0 is other or not seen
-        rasters.append(
-            write_raster(out / f"{tile.tile_id}.tif", place, layout, [(0, to_mask(classes)[None])])
-        )
+        rasters.append(write_raster(out / f"{tile.tile_id}.tif", place, layout, [(0, to_mask(classes)[None])]))
         if place:
             frames.append(to_polygons(tile.tile_id, classes, place))
         else:
             without.append(tile.tile_id)
     if without:
-        warn(
-            f"no georeference in the bands of {', '.join(without)}: their TIFFs are plain ones, without "
-            "polygons"
-        )
+        warn(f"no georeference in the bands of {', '.join(without)}: their TIFFs are plain ones, without polygons")
     layers = as_layers(frames)
     return Exported(rasters, layers, write_geopackage(layers, out / POLYGON_FILE), without)
 
@@ -116,8 +111,6 @@ def format_areas(exported: Exported) -> str:
     if exported.polygon_file is None:
         return f"{lines[0]}; no polygons"
     polygons = pandas.concat([frame.drop(columns="geometry") for frame in exported.polygons.values()])
-    areas = polygons.groupby("class")["area_km2"].agg(
-        polygons="size", **{"km²": lambda km2: km2.sum(skipna=False)}
-    )
+    areas = polygons.groupby("class")["area_km2"].agg(polygons="size", **{"km²": lambda km2: km2.sum(skipna=False)})
     table = areas.reindex(CLASS_NAMES[1:], fill_value=0).to_string(float_format="{:,.1f}".format, na_rep=NONE)
     return f"{lines[0]}; {exported.polygon_file}:\n\n{table}"

@@ -74,9 +74,7 @@ def read_mask(masks: Masks, tile: TileFiles, shape: Sequence[int]) -> np.ndarray
     mask = masks.files.get(tile.tile_id)
     if mask is None:
         found = name_some(sorted(masks.files))
-        raise InputError(
-            f"no mask for {tile.name} (tile id {tile.tile_id}) among {found}; write it with solution.py"
-        )
+        raise InputError(f"no mask for {tile.name} (tile id {tile.tile_id}) among {found}; write it with solution.py")
     if mask.shape != tuple(shape):
         raise InputError(
             f"{mask.path}: {describe(mask.shape)}, expected {describe(shape)} as in {tile.name}; write it at that size"
@@ -95,9 +93,7 @@ def raise_problems(problems: Sequence[str]) -> None:
 def _value_fault(mask: LabelFile, values: str) -> Optional[str]:
     """Return what is wrong with the values of a mask, else None."""
     foreign = {
-        value: count
-        for value, count in mask.counts.items()
-        if value not in label_files.VALUE_CODES[PHASE_OF[values]]
+        value: count for value, count in mask.counts.items() if value not in label_files.VALUE_CODES[PHASE_OF[values]]
     }
     if not foreign:
         return None

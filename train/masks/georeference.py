@@ -123,9 +123,7 @@ def class_km2(classes: np.ndarray, place: Optional[Georeference]) -> Optional[np
     height, width = classes.shape
     corners = [(row, column) for row in range(0, height, BLOCK) for column in range(0, width, BLOCK)]
     blocks = [classes[row : row + BLOCK, column : column + BLOCK] for row, column in corners]
-    outlines = (
-        [_outline(place, *corner, *block.shape) for corner, block in zip(corners, blocks)] if place else []
-    )
+    outlines = [_outline(place, *corner, *block.shape) for corner, block in zip(corners, blocks)] if place else []
     areas = geodesic_km2(outlines, place.crs) if place else None
     if areas is None or not np.isfinite(areas).all():
         return None

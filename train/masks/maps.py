@@ -157,9 +157,7 @@ def _area_of_interest(scene: Scene, path: Path) -> np.ndarray:
     try:
         areas = geopandas.read_file(path)
     except Exception as error:  # damaged files raise almost anything from within GDAL
-        raise InputError(
-            f"{path}: cannot be read as vector data ({error}); export it as GeoPackage"
-        ) from error
+        raise InputError(f"{path}: cannot be read as vector data ({error}); export it as GeoPackage") from error
     if areas.crs is None:
         raise InputError(f"{path}: states no coordinate system; set it (ogr2ogr -a_srs EPSG:4326)")
     outlines = areas.to_crs(scene.place.crs.to_wkt()).geometry.dropna()
@@ -183,17 +181,13 @@ def _write_rasters(scene: Scene, folder: Path, classes: np.ndarray, parts: Path)
         share._replace(bands=names),
         ((strip.top, strip.probabilities) for strip in strips()),
     )
-    sure = (
-        (strip.top, class_confidence(strip.probabilities, classes[strip.rows])[None]) for strip in strips()
-    )
+    sure = ((strip.top, class_confidence(strip.probabilities, classes[strip.rows])[None]) for strip in strips())
     write_raster(folder / "confidence.tif", scene.place, share, sure)
     layout = Layout(scene.shape, ("class",), NODATA, values=CLASS_VALUES, tags=scene.about)
     write_raster(folder / "classes.tif", scene.place, layout, [(0, classes[None])])
 
 
-def _summarise(
-    scene: Scene, folder: Path, settings: Settings, classes: np.ndarray, found: _Found
-) -> dict[str, Any]:
+def _summarise(scene: Scene, folder: Path, settings: Settings, classes: np.ndarray, found: _Found) -> dict[str, Any]:
     """Write glaciers.gpkg where the scene has a place, and return what the map says in numbers."""
     pixels, km2 = count_values(classes), class_km2(classes, scene.place)
     summary: dict[str, Any] = {

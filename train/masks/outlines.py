@@ -46,9 +46,7 @@ def to_polygons(name: str, classes: np.ndarray, place: Georeference) -> geopanda
     return geopandas.GeoDataFrame(columns, columns=list(CLASS_COLUMNS), geometry=polygons, crs=place.crs)
 
 
-def trace(
-    values: np.ndarray, inside: np.ndarray, place: Georeference
-) -> tuple[list[int], list[shapely.Polygon]]:
+def trace(values: np.ndarray, inside: np.ndarray, place: Georeference) -> tuple[list[int], list[shapely.Polygon]]:
     """Return the values and outlines of all 4-connected patches of equal values."""
     codes, outlines = [], []
     for outline, value in shapes(values, mask=inside, connectivity=4, transform=place.transform):
@@ -73,9 +71,7 @@ class GlacierPixels(NamedTuple):
     debris: np.ndarray
     cut: np.ndarray  # bool: nodata or the scene's edge touches it
     low: np.ndarray  # (margins, N) of its pixels, those that are surer than a half by a margin
-    high: (
-        np.ndarray
-    )  # (margins, N) its pixels and those beside it that are less sure by no more than a margin
+    high: np.ndarray  # (margins, N) its pixels and those beside it that are less sure by no more than a margin
 
 
 def glacier_polygons(
@@ -146,9 +142,7 @@ def count_glaciers(
     for top in range(0, len(labels), ROWS_AT_ONCE):
         start = max(top - REACH, 0)
         mine = slice(top - start, top - start + min(ROWS_AT_ONCE, len(labels) - top))
-        here, kinds, likely = (
-            part[start : top + ROWS_AT_ONCE + REACH] for part in (labels, classes, probability)
-        )
+        here, kinds, likely = (part[start : top + ROWS_AT_ONCE + REACH] for part in (labels, classes, probability))
         missing = cv2.dilate((kinds == NODATA).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
         cut[here[missing]] = True
         near = nearest_glacier(here) * (kinds != NODATA)
@@ -166,9 +160,7 @@ def nearest_glacier(labels: np.ndarray) -> np.ndarray:
     if not labels.any():
         return np.zeros_like(labels)
     outside = (labels == 0).astype(np.uint8)
-    distance, places = cv2.distanceTransformWithLabels(
-        outside, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-    )
+    distance, places = cv2.distanceTransformWithLabels(outside, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
     number_at = np.zeros(int(places.max()) + 1, labels.dtype)
     inside = labels > 0
     number_at[places[inside]] = labels[inside]
@@ -178,9 +170,7 @@ def nearest_glacier(labels: np.ndarray) -> np.ndarray:
 def lake_polygons(classes: np.ndarray, place: Georeference) -> geopandas.GeoDataFrame:
     """Return the lakes as polygons with `area_km2`."""
     polygons = trace(classes, classes == LAKE, place)[1]
-    return geopandas.GeoDataFrame(
-        {"area_km2": areas_of(polygons, place.crs)}, geometry=polygons, crs=place.crs
-    )
+    return geopandas.GeoDataFrame({"area_km2": areas_of(polygons, place.crs)}, geometry=polygons, crs=place.crs)
 
 
 # --- Files ----------------------------------------------------------------------------------------

@@ -172,9 +172,7 @@ def _km2(value: float | None) -> str:
 
 def _settings(shown: Map, seconds: float) -> Sequence[Sequence[str]]:
     words = {"True": "yes", "False": "no", "None": "none"}
-    chosen = [
-        (key, words.get(str(value), str(value))) for key, value in shown.settings.items() if key != "weights"
-    ]
+    chosen = [(key, words.get(str(value), str(value))) for key, value in shown.settings.items() if key != "weights"]
     return (
         ("weights", shown.summary["made_of"]["weights"]),
         ("passes of each window", str(shown.summary["passes"])),

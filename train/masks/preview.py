@@ -72,9 +72,7 @@ class View(NamedTuple):
         return f"{share:.1%}" if self.km2 is None else f"{self.km2[list(codes)].sum():,.1f} km², {share:.1%}"
 
 
-def open_view(
-    tile: TileFiles, masks: Optional[Masks], model: Optional[Model], labels: Optional[Labels] = None
-) -> View:
+def open_view(tile: TileFiles, masks: Optional[Masks], model: Optional[Model], labels: Optional[Labels] = None) -> View:
     """Return the view of a tile: its mask from a folder, else by the model; its confidence by the model.
 
     A tile that cannot be read is shown white, with a warning.
@@ -110,9 +108,7 @@ def open_view(
         path = labels.files[tile.tile_id].path
         label = to_codes(read_label(path), labels.phases[tile.tile_id])
         if label.shape != scene.shape:
-            raise InputError(
-                f"{path}: {describe(label.shape)}, expected {describe(scene.shape)} as in {tile.name}"
-            )
+            raise InputError(f"{path}: {describe(label.shape)}, expected {describe(scene.shape)} as in {tile.name}")
         label = label[::step, ::step]
     image, pixels = np.concatenate([strip.picture for strip in strips]), count_values(codes)
     km2 = class_km2(codes, scene.place)
@@ -166,10 +162,7 @@ def _legend(view: Optional[View] = None) -> list[Patch | Line2D]:
     outlined = [code for code in OUTLINE_COLOURS if view and (view.codes == code).any()]
     return [
         *[Patch(facecolor=CODE_COLOURS[code], edgecolor="grey", label=text) for code, text in labels.items()],
-        *[
-            Line2D([], [], color=OUTLINE_COLOURS[code], label=f"outline of {names[code]}")
-            for code in outlined
-        ],
+        *[Line2D([], [], color=OUTLINE_COLOURS[code], label=f"outline of {names[code]}") for code in outlined],
     ]
 
 

@@ -70,12 +70,8 @@ def write_raster(
         ) as raster:
             if layout.values:
                 colours = {value: CODE_COLOURS[code] for value, (code, _) in layout.values.items()}
-                raster.write_colormap(
-                    1, {value: (*bytes.fromhex(one[1:]), 255) for value, one in colours.items()}
-                )
-                raster.update_tags(
-                    classes=", ".join(f"{value} {name}" for value, (_, name) in layout.values.items())
-                )
+                raster.write_colormap(1, {value: (*bytes.fromhex(one[1:]), 255) for value, one in colours.items()})
+                raster.update_tags(classes=", ".join(f"{value} {name}" for value, (_, name) in layout.values.items()))
             raster.update_tags(**layout.tags)
             raster.scales = (layout.scale,) * len(layout.bands)
             raster.descriptions = layout.bands

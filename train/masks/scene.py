@@ -123,9 +123,7 @@ def _refuse_other_products(found: re.Match, source: Path) -> None:
     }
     for what, applies in looks.items():
         if applies:
-            raise InputError(
-                f"{source}: {found[1]} looks like {what}, expected LC08_L2SP or LC09_L2SP; {advice}"
-            )
+            raise InputError(f"{source}: {found[1]} looks like {what}, expected LC08_L2SP or LC09_L2SP; {advice}")
 
 
 def _open_product(name: str, parts: Mapping[str, str], source: Path) -> Scene:
@@ -178,24 +176,16 @@ def open_scene(name: str, bands: Sequence[str], quality: Optional[str] = None) -
             if raster.count != 1:
                 raise InputError(f"{path}: {raster.count} bands, expected one; split it, one file a band")
             grids.append((raster.shape, georeference_of(raster)))
-            if (
-                grids[-1] != grids[0]
-                and None not in (grids[0][1], grids[-1][1])
-                or raster.shape != grids[0][0]
-            ):
+            if grids[-1] != grids[0] and None not in (grids[0][1], grids[-1][1]) or raster.shape != grids[0][0]:
                 raise InputError(
                     f"{path}: {describe(*grids[-1])}, expected {describe(*grids[0])} as in {bands[0]}; "
                     "resample it to that grid (gdalwarp)"
                 )
     shape, place = next((grid for grid in grids if grid[1]), grids[0])
     if shape[0] * shape[1] > MOST_PIXELS:
-        raise InputError(
-            f"{bands[0]}: {shape[1]} x {shape[0]} px, expected {MOST_PIXELS:,} px or fewer; cut it"
-        )
+        raise InputError(f"{bands[0]}: {shape[1]} x {shape[0]} px, expected {MOST_PIXELS:,} px or fewer; cut it")
     if place and (place.transform.b or place.transform.d or place.transform.e > 0):
-        raise InputError(
-            f"{bands[0]}: is rotated or south up, expected north up; turn all bands with gdalwarp"
-        )
+        raise InputError(f"{bands[0]}: is rotated or south up, expected north up; turn all bands with gdalwarp")
     return Scene(name, tuple(bands), quality, shape, place)
 
 

@@ -124,9 +124,7 @@ def read_label_set(folder: Path, phase: Optional[str]) -> Labels:
     return labels
 
 
-def match(
-    masks: Masks, labels: Labels, bands: Optional[dict[str, TileFiles]], tiles: Sequence[str]
-) -> dict[str, Pair]:
+def match(masks: Masks, labels: Labels, bands: Optional[dict[str, TileFiles]], tiles: Sequence[str]) -> dict[str, Pair]:
     """Return {tile id: pair} of the labels and their masks; warn of masks that nothing is known about.
 
     Raises:
@@ -154,9 +152,7 @@ def match(
         pairs[tile] = Pair(label, labels.phases[tile], mask, bands.get(tile) if bands else None)
         if mask.shape != label.shape:
             found, expected = describe(mask.shape), describe(label.shape)
-            problems.append(
-                f"{mask.path}: {found}, expected {expected} as in {label.path}; write it at that size"
-            )
+            problems.append(f"{mask.path}: {found}, expected {expected} as in {label.path}; write it at that size")
         if bands is not None and tile not in bands:
             problems.append(f"tile {tile}: not among the bands given; add it, or leave --data out")
     raise_problems(sorted(problems))
@@ -182,9 +178,7 @@ def count_pair(pair: Pair, values: str) -> PairCounts:
         raise InputError(str(error)) from error
     if nodata.shape != codes.shape:
         found, expected = describe(nodata.shape), describe(codes.shape)
-        raise InputError(
-            f"{pair.bands.name}: {found}, expected {expected} as in {pair.label.path}; give its bands"
-        )
+        raise InputError(f"{pair.bands.name}: {found}, expected {expected} as in {pair.label.path}; give its bands")
     valid = count_tile(tile, 0, phase, np.where(nodata, IGNORE, codes).astype(np.uint8), predicted)
     return PairCounts(everywhere, valid, int(np.count_nonzero(predicted[nodata])))
 
@@ -215,9 +209,7 @@ def format_scores(scores: dict) -> str:
     tables = [_mcc_table(scores), _class_table(scores)]
     tables += [_confusion_table(scores, task) for task in TASKS if scores["confusion"][task]]
     tables.append(_tile_table(scores))
-    return "\n\n".join(
-        [_head(scores), *[t.to_string(float_format="{:.4f}".format, na_rep=NONE) for t in tables]]
-    )
+    return "\n\n".join([_head(scores), *[t.to_string(float_format="{:.4f}".format, na_rep=NONE) for t in tables]])
 
 
 def _head(scores: dict) -> str:

@@ -144,9 +144,7 @@ def _predict(
     progress(len(window_columns(scene)) - len(columns))
     found: Iterable[np.ndarray] = ()
     if model:
-        found = side_by_side(
-            lambda part: predict_window(model, image[:, part])[0], columns, most_workers(model)
-        )
+        found = side_by_side(lambda part: predict_window(model, image[:, part])[0], columns, most_workers(model))
     for part, probs in zip(columns, found):
         sums[:, :, part] += probs if whole else probs * blend_weights(*probs.shape[1:])
         progress(1)

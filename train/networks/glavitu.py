@@ -14,9 +14,7 @@ from torch import nn
 from solution import pad_to_multiple
 
 
-def run_coarsely(
-    network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, factor: int
-) -> torch.Tensor:
+def run_coarsely(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, factor: int) -> torch.Tensor:
     """Return the maps (B, C, H, W) that `network` makes of `x` at 1/`factor` of its resolution, enlarged."""
     coarse = nn.functional.avg_pool2d(x, factor)
     height, width = coarse.shape[2:]
@@ -110,9 +108,7 @@ class SETR(nn.Module):
 
     def positions_for(self, rows: int, cols: int) -> torch.Tensor:
         """Return the positional embedding for `rows` x `cols` patches, (1, width, rows, cols)."""
-        return nn.functional.interpolate(
-            self.positions, size=(rows, cols), mode="bilinear", align_corners=False
-        )
+        return nn.functional.interpolate(self.positions, size=(rows, cols), mode="bilinear", align_corners=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (B, width, H, W) of the same; H and W are multiples of `patch`."""

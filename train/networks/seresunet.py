@@ -16,9 +16,7 @@ class SqueezeExcitation(nn.Module):
         """Squeeze `channels` to one `reduction`-th, but not below 4."""
         super().__init__()
         squeezed = max(4, channels // reduction)
-        self.gate = nn.Sequential(
-            nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid()
-        )
+        self.gate = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(), nn.Linear(squeezed, channels), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C, H, W) scaled."""

@@ -70,10 +70,7 @@ def coverage_table(areas: pandas.DataFrame) -> str:
     km2 = areas["pixels"] * PIXEL_KM2
     groups = {f"{low:g} to {high:g} km²": km2.between(low, high, "left") for low, high in pairwise(EDGES)}
     groups = {name: group for name, group in {**groups, "all": km2 > 0}.items() if group.any()}
-    rows = [
-        [f"{m}", *[f"{held[m][g].mean():.0%}, {width[m][g].median():.2f}" for g in groups.values()]]
-        for m in TRIED
-    ]
+    rows = [[f"{m}", *[f"{held[m][g].mean():.0%}, {width[m][g].median():.2f}" for g in groups.values()]] for m in TRIED]
     rows.append(["chosen on the other folds", *[f"{chosen[group].mean():.0%}" for group in groups.values()]])
     return markdown_table(["margin", *[f"{name} ({group.sum():,})" for name, group in groups.items()]], rows)
 
@@ -108,7 +105,5 @@ def run_calibration(arguments: argparse.Namespace) -> int:
         coverage_table(pandas.concat(sums, ignore_index=True)),
     ]
     write_text(arguments.out, "\n\n".join(sections) + "\n")
-    print(
-        f"{arguments.out}, {save_figure(draw_reliability(pooled), arguments.out.with_suffix('.png'))} written"
-    )
+    print(f"{arguments.out}, {save_figure(draw_reliability(pooled), arguments.out.with_suffix('.png'))} written")
     return 0

@@ -23,9 +23,7 @@ def draw_confusions(runs: Mapping[str, dict]) -> Figure:
     figure = Figure(figsize=(4.6 * columns, 3.2 * -(-len(runs) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(runs) // columns), columns, squeeze=False).ravel()
     for axis, (name, scores) in zip(axes, runs.items()):
-        labels, counts = zip(
-            *[(code, row) for code, row in zip(scores["codes"], scores["confusion"]) if sum(row)]
-        )
+        labels, counts = zip(*[(code, row) for code, row in zip(scores["codes"], scores["confusion"]) if sum(row)])
         shares = np.array(counts) / np.sum(counts, axis=1, keepdims=True)
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (row, column), share in np.ndenumerate(shares):

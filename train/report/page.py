@@ -119,9 +119,7 @@ def _figures(
     histories = {name: read_histories(Path(folder)) for name, folder in run_dirs.items()}
     return {
         "tiles": [("Extent MCC of each tile", figure_uri(draw_tiles(scores)))],
-        "confusion": [
-            ("Share of each label's pixels by predicted class", figure_uri(draw_confusions(scores)))
-        ],
+        "confusion": [("Share of each label's pixels by predicted class", figure_uri(draw_confusions(scores)))],
         "reliability": [
             (
                 f"{name}: expected calibration error {counts.expected_calibration_error:.4f}",
@@ -193,17 +191,12 @@ def describe_tile(
 def _facts(outcomes: np.ndarray, scores: Mapping, labelled: int) -> str:
     """Return scores of a run on a tile and the shares of its errors in words."""
     four = f", four classes {scores['four_class']['mcc']:.3f}" if scores["four_class"] else ""
-    missed, false = (
-        np.count_nonzero(outcomes == kind) / labelled for kind in (Outcome.MISSED, Outcome.FALSE_ALARM)
-    )
+    missed, false = (np.count_nonzero(outcomes == kind) / labelled for kind in (Outcome.MISSED, Outcome.FALSE_ALARM))
     return f"extent MCC {scores['binary']['mcc']:.3f}{four}, missed {missed:.1%}, false {false:.1%}"
 
 
 def _swatches(colours: Mapping[int, str], names: Mapping[int, str] = CODE_NAMES) -> list[tuple[str, str]]:
-    return [
-        ("nodata" if code == IGNORE else names[code].replace("_", " "), colour)
-        for code, colour in colours.items()
-    ]
+    return [("nodata" if code == IGNORE else names[code].replace("_", " "), colour) for code, colour in colours.items()]
 
 
 def photo_uri(picture: np.ndarray) -> str:
@@ -245,9 +238,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "--made-with", action="append", default=[], metavar="LINE", help="a command to show in the report"
     )
     parser.add_argument("--weights", type=Path, help="the model.pth made of these runs, for its checksum")
-    parser.add_argument(
-        "--html", type=Path, help="a page with pictures of all tiles, e.g. reports/index.html"
-    )
+    parser.add_argument("--html", type=Path, help="a page with pictures of all tiles, e.g. reports/index.html")
     parser.add_argument("--store", type=Path, default=Path("data/competition"), help="default: %(default)s")
 
 

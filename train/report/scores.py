@@ -63,9 +63,7 @@ def count_run(run_dir: str | os.PathLike, store: TileStore) -> list[TileCounts]:
             f"{run_dir / OOF_FOLDER}: no probabilities for {name_some(missing)}; expected all tiles of a fold. "
             f"Finish the folds that hold them out, then `python -m train score --run {run_dir}`."
         )
-    return count_tiles(
-        store, tile_ids, lambda tile: decide_classes(load_probabilities(run_dir, store, tile)), fold_of
-    )
+    return count_tiles(store, tile_ids, lambda tile: decide_classes(load_probabilities(run_dir, store, tile)), fold_of)
 
 
 def find_scheme(run_dir: Path) -> str:
@@ -128,9 +126,7 @@ def load_probabilities(run_dir: Path, store: TileStore, tile_id: str) -> np.ndar
 
 def summarise(scheme: str, tiles: Sequence[TileCounts]) -> dict:
     """Return what `score_run` returns, from counts."""
-    by_fold = {
-        fold: [tile for tile in tiles if tile.fold == fold] for fold in sorted({tile.fold for tile in tiles})
-    }
+    by_fold = {fold: [tile for tile in tiles if tile.fold == fold] for fold in sorted({tile.fold for tile in tiles})}
     folds = {
         str(fold): {"tiles": [tile.tile_id for tile in members], **score_tiles(members)}
         for fold, members in by_fold.items()

@@ -21,8 +21,7 @@ def refuse_existing(out: Path) -> None:
     """Raise SubmissionError where `out` is there already."""
     if out.exists():
         raise SubmissionError(
-            f"{out}: is there already; move it away, or replace it with --overwrite (make submission "
-            "OVERWRITE=yes)"
+            f"{out}: is there already; move it away, or replace it with --overwrite (make submission OVERWRITE=yes)"
         )
 
 

@@ -57,9 +57,7 @@ def write_solution(model: Mapping, out: Path) -> Path:
 
 def add_submission_files(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the commands that run a submission."""
-    parser.add_argument(
-        "--weights", type=Path, default=Path("weights/model.pth"), help="default: %(default)s"
-    )
+    parser.add_argument("--weights", type=Path, default=Path("weights/model.pth"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, help="folder with Band1 ... Band5; default: synthetic tiles")
     parser.add_argument(
         "--solution", type=Path, help="default: the kit's, with the networks put in that the weights name"

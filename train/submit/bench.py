@@ -261,15 +261,11 @@ The bare forward passes are as many, by the same networks in as many threads, on
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `bench`."""
-    parser.add_argument(
-        "--weights", type=Path, default=Path("weights/model.pth"), help="default: %(default)s"
-    )
+    parser.add_argument("--weights", type=Path, default=Path("weights/model.pth"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, help="folder with Band1 ... Band5; default: synthetic tiles")
     parser.add_argument("--tiles", type=int, default=25, help="how many (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="px, of synthetic ones (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("reports/local/bench.md"), help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, default=Path("reports/local/bench.md"), help="default: %(default)s")
 
 
 def run_bench(arguments: argparse.Namespace) -> int:

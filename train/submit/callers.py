@@ -145,9 +145,7 @@ def run_bare(candidate: Candidate, arguments: Sequence[str], case: Case) -> Run:
 
 def judge_run(subject: str, run: Run) -> list[CheckResult]:
     """Return the results on a process that should have done its work without a word of complaint."""
-    complaints = [
-        line.strip() for line in run.output.splitlines() if COMPLAINT.match(line) and TOLERATED not in line
-    ]
+    complaints = [line.strip() for line in run.output.splitlines() if COMPLAINT.match(line) and TOLERATED not in line]
     return [
         judge(subject, "exit status", [] if run.status == 0 else [run.ending], "0"),
         judge(subject, "no fallback", complaints, "no warning, no error"),

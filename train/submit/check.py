@@ -133,9 +133,7 @@ def check_damaged_weights(candidate: Candidate, case: Case, fault: str, weights:
     run, masks = callers.run_command_line(candidate, case, COMMAND_LINES[0])
     status = [] if run.status == NO_MASKS_STATUS else [run.ending]
     candidate.announce(f"{fault}: maskgeration")
-    called, calls, _ = callers.call_maskgeration(
-        candidate, [[case.band_folders, candidate.bare_weights]], case
-    )
+    called, calls, _ = callers.call_maskgeration(candidate, [[case.band_folders, candidate.bare_weights]], case)
     raised = calls and calls[0].raised
     returned = [] if raised else ["masks were returned" if calls else called.last_words]
     return [
@@ -228,11 +226,7 @@ def judge_seconds(subject: str, seconds: float, said: str, machine: Machine) -> 
     """Return whether the whole process, from starting Python to its end, was fast enough; if it was not, that
     is a warning where the machine was busy. `said` is its last line."""
     late = seconds > KNOWN_SECONDS
-    remedy = (
-        "check again when the machine is free"
-        if machine.busy
-        else "`python -m train pack` with --time-budget 40"
-    )
+    remedy = "check again when the machine is free" if machine.busy else "`python -m train pack` with --time-budget 40"
     expected = f"at most {KNOWN_SECONDS:g} s" + (f"; {remedy}" if late else "")
     found = f"{seconds:.1f} s with start ({said}; {machine})"
     return CheckResult(subject, TOO_SLOW, machine.busy or not late, found, expected, machine.busy and late)
@@ -250,9 +244,7 @@ def judge_memory(subject: str, peak: int) -> CheckResult:
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `check`."""
     add_submission_files(parser)
-    parser.add_argument(
-        "--timed-tiles", type=int, default=25, metavar="N", help="tiles of the timed run (default: 25)"
-    )
+    parser.add_argument("--timed-tiles", type=int, default=25, metavar="N", help="tiles of the timed run (default: 25)")
 
 
 def run_check(arguments: argparse.Namespace) -> int:

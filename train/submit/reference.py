@@ -70,17 +70,13 @@ def check_shipped(weights: Path, release: Path = WEIGHTS) -> list[CheckResult]:
     """Return the result on the reference mask where these are the weights of the release; of others it says
     nothing."""
     described = release.with_name(REFERENCE)
-    pinned = (
-        json.loads(described.read_text(encoding="utf-8"))["weights_sha256"] if described.is_file() else ""
-    )
+    pinned = json.loads(described.read_text(encoding="utf-8"))["weights_sha256"] if described.is_file() else ""
     return [check_reference(release)] if pinned == sha256(weights) == sha256(release) else []
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare or write; return 1 where something differs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.submit.reference", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m train.submit.reference", description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="default: the kit's release")
     parser.add_argument("--write", action="store_true", help="make the reference anew")
     options = parser.parse_args(arguments)

@@ -38,9 +38,7 @@ def refuse_missing(*paths: Path) -> None:
     """Raise SubmissionError where one of the files is not there."""
     for path in paths:
         if not path.is_file():
-            raise SubmissionError(
-                f"{path}: no such file; train weights with `make train-all`, or name another"
-            )
+            raise SubmissionError(f"{path}: no such file; train weights with `make train-all`, or name another")
 
 
 def judge(subject: str, check: str, faults: Sequence[str], expected: str) -> CheckResult:
@@ -61,8 +59,7 @@ def format_results(results: Sequence[CheckResult]) -> str:
     for subject in dict.fromkeys(result.subject for result in results):
         own = [result for result in results if result.subject == subject]
         lines += [
-            f"{'warn' if one.passed else 'FAIL'}  {subject}  {one.check}: "
-            f"found {one.found} / expected {one.expected}"
+            f"{'warn' if one.passed else 'FAIL'}  {subject}  {one.check}: found {one.found} / expected {one.expected}"
             for one in own
             if one.doubtful or not one.passed
         ]
@@ -72,9 +69,7 @@ def format_results(results: Sequence[CheckResult]) -> str:
             if one.passed and not one.doubtful
         ]
         if passes:
-            lines.append(
-                textwrap.fill(f"pass  {subject}  {', '.join(passes)}", WIDTH, subsequent_indent=" " * 6)
-            )
+            lines.append(textwrap.fill(f"pass  {subject}  {', '.join(passes)}", WIDTH, subsequent_indent=" " * 6))
     failed, doubtful = len(list_failures(results)), sum(result.doubtful for result in results)
     warned = f", {doubtful} of them with a warning" if doubtful else ""
     verdict = "it would be accepted" if failed == 0 else "it would NOT be accepted"

@@ -15,9 +15,7 @@ from prep.__main__ import main as prep_main
 from prep.store import TileStore
 from prep.synthetic.hkh import LABELS_FILE, SCENES_FOLDER
 
-BAD_HEADER = (
-    b"\x93NUMPY\x01\x00\x20\x00{'descr': '<f4', (\x00" + b"(" * 20
-)  # NumPy's parser fails in many ways
+BAD_HEADER = b"\x93NUMPY\x01\x00\x20\x00{'descr': '<f4', (\x00" + b"(" * 20  # NumPy's parser fails in many ways
 ONE_PIECE = ("--size", "64", "--overlap", "0", "--jobs", "1")
 
 
@@ -70,9 +68,7 @@ def test_a_pipe_is_refused_and_not_waited_for(data, tmp_path, place):
     paths[place].unlink(missing_ok=True)
     os.mkfifo(paths[place])
     labels = "masks" if place == "mask" else LABELS_FILE
-    assert_refused(
-        data, tmp_path / "store", paths[place].name, "is no file that can be reached", labels=labels
-    )
+    assert_refused(data, tmp_path / "store", paths[place].name, "is no file that can be reached", labels=labels)
 
 
 def test_a_loop_of_links_is_refused(data, tmp_path):
@@ -179,9 +175,7 @@ def test_a_damaged_mask_is_named_and_not_its_scene(data, tmp_path):
     assert_refused(data, tmp_path / "store", f"{damaged}: cannot be read", labels="masks")
 
 
-@pytest.mark.parametrize(
-    "values", [np.full((64, 64, 15), "a"), np.zeros((64, 64, 15), "M8[s]"), b"", BAD_HEADER]
-)
+@pytest.mark.parametrize("values", [np.full((64, 64, 15), "a"), np.zeros((64, 64, 15), "M8[s]"), b"", BAD_HEADER])
 def test_a_patch_of_no_numbers_is_named(tmp_path, values):
     patches = write_patches(tmp_path / "patches")
     path = patches / "slice_1_img_001.npy"

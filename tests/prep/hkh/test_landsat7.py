@@ -204,9 +204,7 @@ def test_the_name_tells_the_place(name, longitude, latitude):
     assert centre == (pytest.approx(longitude, abs=0.6), pytest.approx(latitude, abs=0.4))
 
 
-@pytest.mark.parametrize(
-    "name", ["scene", "LE07_140041_2005", "LE07_140041_20051399", "LC08_140041_20151012"]
-)
+@pytest.mark.parametrize("name", ["scene", "LE07_140041_2005", "LE07_140041_20051399", "LC08_140041_20151012"])
 def test_other_names_tell_nothing(name):
     assert landsat7.read_name(name) is None
 

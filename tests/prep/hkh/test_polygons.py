@@ -122,19 +122,14 @@ def test_nothing_is_known_beyond_the_border(tmp_path, scene):
 def test_a_border_around_glaciers_alone_is_refused(tmp_path):
     """The hkh.shp of some copies holds all glaciers; as a border it would leave hardly any background."""
     layers = plan(write(tmp_path / "clean.shp", [square(0, 0, 20)]))
-    with pytest.raises(
-        SceneError, match=r"encloses 0.5 km2, the outlines of --labels 0.4 km2.*any in --kinds"
-    ):
+    with pytest.raises(SceneError, match=r"encloses 0.5 km2, the outlines of --labels 0.4 km2.*any in --kinds"):
         plan_border(write(tmp_path / "hkh.shp", [square(0, 0, 23)]), layers)
 
 
 @pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:32644", "EPSG:3857"])
 def test_outlines_in_another_system_give_the_same_pixels(tmp_path, scene, crs):
     shapes = [star(5, 30, True), star(6, 12, False)]
-    paths = [
-        write(tmp_path / f"{at}.shp", shapes, ["Clean ice", "Debris covered"], at)
-        for at in (crs, "EPSG:32643")
-    ]
+    paths = [write(tmp_path / f"{at}.shp", shapes, ["Clean ice", "Debris covered"], at) for at in (crs, "EPSG:32643")]
     moved, direct = [burn(plan(path), None, scene) for path in paths]
     # edges are straight in the file's system, which is some centimetres off over a few hundred metres
     assert np.count_nonzero(moved != direct) <= 2
@@ -187,9 +182,7 @@ def test_a_column_of_kinds_goes_before_a_name_that_tells_the_extent_alone(tmp_pa
 @pytest.mark.parametrize("kinds", [["clean"], ["clean", "ice"]])
 def test_kinds_that_do_not_fit_are_refused(tmp_path, kinds):
     paths = [write(tmp_path / f"{name}.shp", [square(0, 0, 9)]) for name in "ab"]
-    with pytest.raises(
-        SceneError, match=r"--kinds: found clean.* for 2 file\(s\).*e.g. --kinds clean,debris"
-    ):
+    with pytest.raises(SceneError, match=r"--kinds: found clean.* for 2 file\(s\).*e.g. --kinds clean,debris"):
         plan(*paths, kinds=kinds)
 
 
@@ -230,9 +223,7 @@ def test_layers_of_a_file_are_chosen_by_name(tmp_path, scene, suffix):
     for name, corner in {"clean": 0, "debris": 30, "roads": 60}.items():
         table = geopandas.GeoDataFrame(geometry=[square(corner, corner, 20)], crs="EPSG:32643")
         table.to_file(path, layer=name, driver="OpenFileGDB" if suffix == ".gdb" else "GPKG")
-    with pytest.raises(
-        SceneError, match="found the layers clean, debris, roads, expected one.*--layer clean"
-    ):
+    with pytest.raises(SceneError, match="found the layers clean, debris, roads, expected one.*--layer clean"):
         plan(path)
     with pytest.raises(SceneError, match="no file of --labels has several layers, of which one is snow"):
         plan_layers([path], None, "Glaciers", DEFAULT_WORDS, ["clean", "snow"])

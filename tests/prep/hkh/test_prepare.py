@@ -130,9 +130,7 @@ def test_scenes_lie_in_different_utm_zones(sample):
 def test_training_and_validation_share_no_scene_and_cover_the_store(everything):
     side = everything.fold_of("split")
     assert set(side) == set(everything.tile_ids)
-    scenes = {
-        fold: {tile.source for tile in everything.tiles if side[tile.tile_id] == fold} for fold in (-1, 0)
-    }
+    scenes = {fold: {tile.source for tile in everything.tiles if side[tile.tile_id] == fold} for fold in (-1, 0)}
     assert scenes[-1] and scenes[0] and not scenes[-1] & scenes[0]
     ids = (everything.folder / "val_ids.txt").read_text().split()
     assert ids == [tile for tile in everything.tile_ids if side[tile] == 0]
@@ -252,9 +250,7 @@ def test_training_tiles_on_the_ground_of_validation_are_dropped(sample, tmp_path
     shared = [row for row in summary.dropped if row["reason"] == "overlaps a validation tile"]
     assert sides[first.stem] == sides["TWIN"] or 0 < len(shared) < 9
     held_out = [tile for tile in summary.tiles if tile.tile_id in summary.split.val]
-    assert {tile.source for tile in held_out} == {
-        name for name, side in sides.items() if side == "validation"
-    }
+    assert {tile.source for tile in held_out} == {name for name, side in sides.items() if side == "validation"}
 
 
 def test_straddling_finds_footprints_that_meet():
@@ -309,9 +305,7 @@ def test_a_scene_with_damaged_pixels_is_named_and_the_others_need_not_be_read_ag
     whole = broken.read_bytes()
     third = len(whole) // 3
     broken.write_bytes(whole[:third] + b"\xff" * third + whole[2 * third :])
-    with pytest.raises(
-        PrepError, match=rf"(?s){broken.name}: cannot be read .*the other scenes are kept"
-    ) as error:
+    with pytest.raises(PrepError, match=rf"(?s){broken.name}: cannot be read .*the other scenes are kept") as error:
         prepare(source_of(folder), tmp_path / "hkh", SMALL)
     assert len(error.value.problems) == 2
     assert not (tmp_path / "hkh").exists()
@@ -333,9 +327,7 @@ def test_reflectance_passed_off_as_numbers_is_refused(sample, tmp_path):
 def test_missing_bands_are_listed(sample, tmp_path):
     folder = copy_sample(sample, tmp_path / "sample")
     rewrite(scene_paths(folder)[0], lambda values: values[:4], ["B1", "B2", "B3", "B4"])
-    with pytest.raises(
-        PrepError, match=r"lacks B5 \(SWIR-1\), B6_VCID_1 or B6_VCID_2 \(thermal\); found bands B1, B2"
-    ):
+    with pytest.raises(PrepError, match=r"lacks B5 \(SWIR-1\), B6_VCID_1 or B6_VCID_2 \(thermal\); found bands B1, B2"):
         prepare(source_of(folder), tmp_path / "hkh", SMALL)
 
 
@@ -346,9 +338,7 @@ def test_both_exports_without_descriptions_give_the_same_store(sample, tmp_path,
         rewrite(path, lambda values: values[:count].astype(np.float32), None)
     prepare(source_of(folder), tmp_path / "hkh", ALL)
     for tile_id in everything.tile_ids:
-        assert np.array_equal(
-            TileStore(tmp_path / "hkh").image(tile_id), everything.image(tile_id), equal_nan=True
-        )
+        assert np.array_equal(TileStore(tmp_path / "hkh").image(tile_id), everything.image(tile_id), equal_nan=True)
 
 
 def test_outlines_in_a_folder_of_a_geodatabase_give_the_same_store(sample, tmp_path, everything):
@@ -379,9 +369,7 @@ def test_mask_files_per_class_give_the_same_store(sample, tmp_path, everything):
     for tile_id in store.tile_ids:
         assert np.array_equal(store.mask(tile_id), everything.mask(tile_id))
     next(masks.glob("*Clean.tif")).unlink()
-    with pytest.raises(
-        PrepError, match=r"found none as mask of glacier for .*expected one file such as .*_clean.tif"
-    ):
+    with pytest.raises(PrepError, match=r"found none as mask of glacier for .*expected one file such as .*_clean.tif"):
         prepare(source_of(sample, labels=(masks,)), tmp_path / "other", ALL)
 
 

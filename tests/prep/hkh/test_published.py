@@ -120,9 +120,7 @@ def test_every_pixel_of_the_patches_has_its_code(arrays, stored):
 
 
 def test_scenes_are_named_by_the_geojson(stored):
-    assert {tile.source for tile in stored.tiles} == {
-        synthetic.scene_name(number) for number in range(SCENES)
-    }
+    assert {tile.source for tile in stored.tiles} == {synthetic.scene_name(number) for number in range(SCENES)}
 
 
 def test_patches_lie_where_they_were_cut_and_not_where_the_geojson_says(stored):
@@ -150,9 +148,7 @@ def test_a_geojson_of_something_else_is_named(arrays, tmp_path):
     folder = shutil.copytree(arrays, tmp_path / "in")
     table = geopandas.read_file(folder / "slices.geojson").rename(columns={"img_slice": "image"})
     table.to_file(folder / "slices.geojson")
-    with pytest.raises(
-        PrepError, match="slices.geojson: found the columns .* expected img_slice and img_source"
-    ):
+    with pytest.raises(PrepError, match="slices.geojson: found the columns .* expected img_slice and img_source"):
         prepare(hkh.Source(patches=folder), tmp_path / "hkh", PATCH)
 
 
@@ -199,9 +195,7 @@ TRUE_ORDERS = [
 
 
 def counts_of(order):
-    masks = [
-        synthetic.mask_channels(synthetic.published_codes(classes_of(number)), order) for number in range(2)
-    ]
+    masks = [synthetic.mask_channels(synthetic.published_codes(classes_of(number)), order) for number in range(2)]
     bits = np.concatenate([(mask @ (1 << np.arange(len(order)))).ravel() for mask in masks])
     return np.bincount(bits, minlength=1 << len(order))
 

@@ -261,9 +261,7 @@ def test_slopes_that_face_the_sun_are_brighter(seed):
 def test_a_wall_casts_a_shadow_of_the_right_length():
     ground = np.zeros((100, 200))
     ground[:, 100:103] = 300.0  # 10 px high: in the light of 45 degrees its shadow is 10 px long
-    west, east = (
-        np.flatnonzero(synthetic.cast_shadow(ground, azimuth, 45.0)[50] > 0.5) for azimuth in (90.0, 270.0)
-    )
+    west, east = (np.flatnonzero(synthetic.cast_shadow(ground, azimuth, 45.0)[50] > 0.5) for azimuth in (90.0, 270.0))
     assert (west.min(), west.max()) == (pytest.approx(91, abs=1), 99)
     assert (east.min(), east.max()) == (103, pytest.approx(111, abs=1))
 

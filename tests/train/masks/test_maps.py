@@ -162,9 +162,7 @@ def test_a_finished_map_is_left_and_other_settings_make_another(product, mapped,
 @pytest.mark.parametrize(
     ("name", "system"), [("aoi.geojson", 4326), ("aoi.shp", 3857), ("aoi.gpkg", 32644), ("aoi.fgb", 3413)]
 )
-def test_an_area_of_interest_limits_the_work_and_changes_no_class(
-    product, mapped, weights, tmp_path, name, system
-):
+def test_an_area_of_interest_limits_the_work_and_changes_no_class(product, mapped, weights, tmp_path, name, system):
     left, top = 600000 + 30 * 40, 3790000 - 30 * 30
     square = geopandas.GeoSeries([shapely.box(left, top - 30 * 60, left + 30 * 50, top)], crs=32643)
     square.to_crs(system).to_file(tmp_path / name)
@@ -185,9 +183,7 @@ def test_tars_folders_and_five_rasters_are_the_same_scene(product, tmp_path):
     with tarfile.open(tmp_path / f"{PRODUCT}.tar", "w") as archive:
         for path in product.iterdir():
             archive.add(path, path.name)
-    (scene,), (packed,), (parent,) = (
-        find_scenes(p) for p in (product, tmp_path / f"{PRODUCT}.tar", product.parent)
-    )
+    (scene,), (packed,), (parent,) = (find_scenes(p) for p in (product, tmp_path / f"{PRODUCT}.tar", product.parent))
     assert scene == parent
     np.testing.assert_array_equal(read_rows(scene, 0, 99, False), read_rows(packed, 0, 99, False))
 
@@ -256,10 +252,7 @@ def two_scenes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def serial(two_scenes, weights) -> Path:
     """Return the folder of their maps, made one after the other."""
-    assert (
-        maps.map_scenes(find_scenes(two_scenes), two_scenes / "one", maps.Settings(weights), Resources())
-        == []
-    )
+    assert maps.map_scenes(find_scenes(two_scenes), two_scenes / "one", maps.Settings(weights), Resources()) == []
     return two_scenes / "one"
 
 

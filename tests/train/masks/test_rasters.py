@@ -12,9 +12,7 @@ from train.masks.rasters import Layout, write_raster
 def test_rows_become_a_raster_with_overviews(tmp_path):
     place = Georeference(CRS.from_epsg(32643), Affine(30, 0, 500000, 0, -30, 3700000))
     classes = np.random.default_rng(0).choice([0, 2], (1, 1100, 600)).astype(np.uint8)
-    layout = Layout(
-        (1100, 600), ("class",), 255, values={0: (0, "other"), 2: (2, "a < b")}, tags={"DATE": "2020"}
-    )
+    layout = Layout((1100, 600), ("class",), 255, values={0: (0, "other"), 2: (2, "a < b")}, tags={"DATE": "2020"})
     path = write_raster(tmp_path / "x.tif", place, layout, [(0, classes[:, :700]), (700, classes[:, 700:])])
     with rasterio.open(path) as raster:
         assert (raster.read() == classes).all()

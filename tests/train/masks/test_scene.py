@@ -51,9 +51,7 @@ def test_values_are_those_of_solution(tmp_path, dtype):
         numbers[6:9, :4] = np.array([-9999, -5, 2e6])[:, None, None]  # no Level-2 number
     write_tile(tmp_path, "001", numbers, dtype=dtype)
     (scene,) = find_scenes(tmp_path)
-    np.testing.assert_array_equal(
-        read_rows(scene, 5, 30), solution.read_tile(solution.find_tiles(tmp_path)[0])[5:30]
-    )
+    np.testing.assert_array_equal(read_rows(scene, 5, 30), solution.read_tile(solution.find_tiles(tmp_path)[0])[5:30])
 
 
 def test_bands_on_different_grids_are_refused(tmp_path):
@@ -83,9 +81,7 @@ def test_scenes_that_are_not_north_up_are_refused(tmp_path):
 )
 def test_other_units_are_told(tmp_path, bands, thermal, looks):
     values = [*[bands] * 4, thermal]
-    paths = [
-        write(tmp_path / f"{n}.tif", np.full((9, 9), value, np.float32)) for n, value in enumerate(values)
-    ]
+    paths = [write(tmp_path / f"{n}.tif", np.full((9, 9), value, np.float32)) for n, value in enumerate(values)]
     with pytest.raises(solution.InputError, match=looks):
         check_units(open_scene("x", paths))
 

@@ -149,9 +149,7 @@ def test_bands_add_a_score_without_nodata(masks, labels, tmp_path):
 
 def test_every_problem_of_the_files_is_named(masks, labels):
     (masks / "B2_B2_masked_02_01.png").unlink()
-    with pytest.raises(
-        InputError, match=r"no mask of 1 labelled tiles \(02_01\).*found masks of 01_01, 01_02"
-    ):
+    with pytest.raises(InputError, match=r"no mask of 1 labelled tiles \(02_01\).*found masks of 01_01, 01_02"):
         score_masks(masks, labels)
     assert score_masks(masks, labels, tiles=["01_02"])["tiles"] == 1
     with pytest.raises(InputError, match=r"no label of 09_09; there are labels of 01_01, 01_02, 02_01"):

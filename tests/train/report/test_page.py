@@ -87,9 +87,7 @@ def kit(tmp_path_factory) -> Path:
     write_run(folder / "run", store, 0.8)
     for fold in (0, 1):
         (folder / "run" / "unet" / f"fold{fold}").mkdir(parents=True)
-        rows = [
-            f"{epoch},{2 / epoch},{3 / epoch + fold},{epoch / 10},0.001" for epoch in range(1, EPOCHS + 1)
-        ]
+        rows = [f"{epoch},{2 / epoch},{3 / epoch + fold},{epoch / 10},0.001" for epoch in range(1, EPOCHS + 1)]
         text = "\n".join(["epoch,train_loss,val_loss,val_mcc,lr", *rows])
         (folder / "run" / "unet" / f"fold{fold}" / "history.csv").write_text(text)
     write_run(folder / "baseline", store, 0.6)
@@ -286,9 +284,7 @@ def test_pictures_show_label_prediction_and_errors(kit, page, store):
         pictures = {p["class"]: p for p in reversed(page.find("img", alt=f"Tile {tile},"))}  # the first run's
         assert decode(pictures["image"]).shape == (*codes.shape, 3)
         assert (decode(pictures["label"]) == paint_codes(codes)).all()
-        assert (
-            decode(pictures["prediction"]) == paint_codes(np.where(valid_mask(image), classes, 255))
-        ).all()
+        assert (decode(pictures["prediction"]) == paint_codes(np.where(valid_mask(image), classes, 255))).all()
         shown = decode(pictures["errors"])
         for outcome, colour in OUTCOME_COLOURS.items():
             same = (shown == list(bytes.fromhex(colour[1:]))).all(axis=-1)

@@ -138,9 +138,7 @@ def test_folds_that_are_predicted_are_scored_while_others_are_trained(run, store
 )
 def test_a_file_that_holds_no_probabilities_is_an_error_that_names_it(run, store, wrong):
     np.save(run / "oof" / "02_01.npy", wrong)
-    with pytest.raises(
-        report.ReportError, match=r"02_01\.npy.*expected finite probabilities of shape \(4, 24, 36\)"
-    ):
+    with pytest.raises(report.ReportError, match=r"02_01\.npy.*expected finite probabilities of shape \(4, 24, 36\)"):
         report.score_run(run, store)
 
 

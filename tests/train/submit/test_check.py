@@ -132,10 +132,7 @@ CALLER_SABOTAGES = [
     (
         "stray file",
         'level = load_model("model.pth")\n',
-        (
-            'level = load_model("model.pth")\n'
-            "        import os; os.chmod('.', 0o755); open('log.txt', 'w').close()\n"
-        ),
+        ("level = load_model(\"model.pth\")\n        import os; os.chmod('.', 0o755); open('log.txt', 'w').close()\n"),
         {"nothing written beside it"},
     ),
     ("shape", ZEROED, ZEROED + "    mask = mask[:-1]\n", {"shape"}),
@@ -210,9 +207,7 @@ def test_an_honest_submission_passes_with_both_naming_styles(tmp_path, capsys):
     assert [result for result in results if not result.passed] == []
     subjects = {result.subject for result in results}
     callers = [*(line.label for line in COMMAND_LINES), "maskgeration(bands, model.pth)"]
-    assert {
-        f"{naming} names: {caller}" for naming in ("training", "platform") for caller in callers
-    } < subjects
+    assert {f"{naming} names: {caller}" for naming in ("training", "platform") for caller in callers} < subjects
     assert {"training names: maskgeration(bands, OUT), files", "a damaged tile: maskgeration"} < subjects
     progress = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert progress[0].startswith("[1/15]") and progress[-1].startswith("[15/15]")
@@ -286,9 +281,7 @@ def test_the_kits_own_solution_passes(tmp_path, tiles, one_core):
 def test_tiles_are_read_only_and_nothing_of_the_project_is_in_reach(tmp_path, tiles):
     case = lay_out_case("tiny", tiles, tmp_path / "tiny")
     assert all(path.stat().st_mode & 0o222 == 0 for path in [case.folder, *case.folder.rglob("*")])
-    code = (
-        "import os; print(sorted(os.listdir('.')), os.environ.get('PYTHONPATH'), os.environ['https_proxy'])"
-    )
+    code = "import os; print(sorted(os.listdir('.')), os.environ.get('PYTHONPATH'), os.environ['https_proxy'])"
     (tmp_path / "a.py").write_text("x")
     run = run_bare(make_candidate(tmp_path, tmp_path / "a.py", tmp_path / "absent"), ["-c", code], case)
     assert run.output.split("\n")[0] == f"['solution.py'] None {CLOSED_PORT}"
@@ -345,9 +338,7 @@ def test_a_slow_run_fails_on_a_free_machine_and_is_a_warning_on_a_busy_one():
 def timed(tmp_path: Path, code: str) -> dict[str, CheckResult]:
     """Return the results on the clock of a submission without a network, by what they check."""
     files = write_submission(tmp_path / "handed in", code)
-    return {
-        result.check: result for result in check.check_clock(make_candidate(tmp_path, *files), 2, 64, 0.0)
-    }
+    return {result.check: result for result in check.check_clock(make_candidate(tmp_path, *files), 2, 64, 0.0)}
 
 
 def test_a_run_that_is_too_slow_is_made_once_more(tmp_path, monkeypatch, capsys):

@@ -40,9 +40,7 @@ def run_code(code: str, ground: Path, settings: dict) -> subprocess.CompletedPro
     """Run Python code with `ground` as its working folder."""
     command_line = [sys.executable, "-c", code]
     variables = {**os.environ, **settings}
-    return subprocess.run(
-        command_line, cwd=ground, env=variables, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command_line, cwd=ground, env=variables, capture_output=True, text=True, timeout=120)
 
 
 def state(ground: Path) -> dict:
@@ -129,15 +127,10 @@ def test_sandbox_refuses_the_network(ground):
         assert run_code(code, ground, {}).returncode == 0
         direct = f"import socket; socket.socket().connect(('127.0.0.1', {port}))"
         for attempt in (code, direct, "import urllib.request as u; u.urlopen('http://localhost/')"):
-            assert (
-                "refused by the grader's sandbox"
-                in run_code(attempt, ground, sandbox_settings(ground)).stderr
-            )
+            assert "refused by the grader's sandbox" in run_code(attempt, ground, sandbox_settings(ground)).stderr
 
 
-@pytest.mark.parametrize(
-    "start", ["os.system('true')", "subprocess.run(['true'])", "os.execv('/bin/sh', ['sh'])"]
-)
+@pytest.mark.parametrize("start", ["os.system('true')", "subprocess.run(['true'])", "os.execv('/bin/sh', ['sh'])"])
 def test_sandbox_refuses_programs(start, ground):
     done = run_code(f"import os, subprocess; {start}", ground, sandbox_settings(ground))
     assert "PermissionError" in done.stderr
@@ -189,9 +182,7 @@ def test_a_sandbox_that_does_not_hold_is_noticed(any_files, case, tmp_path):
     candidate.settings["PYTHONPATH"] = str(tmp_path / "hook")
     result = check_sandbox(candidate, case, "here")
     assert not result.passed
-    assert (
-        "it could write beside solution.py; it could make an input writable; it could connect" in result.found
-    )
+    assert "it could write beside solution.py; it could make an input writable; it could connect" in result.found
 
 
 def test_nothing_runs_where_the_sandbox_does_not_hold(any_files, tmp_path):
@@ -331,9 +322,7 @@ def test_the_submission_gives_the_same_masks_in_the_box(box, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_masks_that_differ_in_the_box_are_caught(box, tiny, case, tmp_path):
-    code = (
-        "if sys.version_info < (3, 10):\n    to_mask = lambda classes: np.uint8([0, 85, 255, 170])[classes]"
-    )
+    code = "if sys.version_info < (3, 10):\n    to_mask = lambda classes: np.uint8([0, 85, 255, 170])[classes]"
     files = sabotaged(tiny, tmp_path, code)
     there, of_there = call(box, files, case, tmp_path / "there")
     here, of_here = call(sys.executable, files, case, tmp_path / "here")

@@ -134,6 +134,4 @@ def build(interpreter: Interpreter, requirements: str, folder: Path) -> None:
             [interpreter.path, "-m", "venv", str(folder / "venv")],
             [str(folder / "venv" / "bin" / "python"), "-m", "pip", "install", *options, *packages],
         ):
-            subprocess.run(
-                command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables
-            )
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
