@@ -114,6 +114,9 @@ def require_made_by(config: Config, store: TileStore, record: Mapping, folder: P
 def score_inputs(run_dir: Path, config: Config, store: TileStore) -> dict[str, int]:
     """Predict every held-out tile with every member and the kind; return the fold of each tile that all have."""
     run_dir = Path(run_dir)
+    there = {path.parents[1].name for path in run_dir.glob(f"*/fold*/{FOLD_FILE}")} - {KIND_FOLDER}
+    if more := ", ".join(sorted(there - members_of(config).keys())):
+        raise RunError(f"{run_dir}: holds {more} too; name the recipe of this run with --recipe, or remove that folder")
     common: dict[str, int] = {}
     for number, (name, (_, settings)) in enumerate(members_of(config).items()):
         for record in read_folds(run_dir / name):

@@ -38,6 +38,13 @@ def test_no_prediction_of_another_ensemble_is_left(smoke_run, store):
     assert not old.exists()
 
 
+def test_a_run_is_not_scored_by_a_recipe_that_names_a_part_of_it(smoke_run, store):
+    config = smoke_config(store)
+    del config.members["turned"]
+    with pytest.raises(RunError, match="holds turned too; name the recipe of this run with --recipe"):
+        predict_run(smoke_run, config, TileStore(store))
+
+
 def test_views_are_the_logits_of_that_network(predicted, store):
     run, _ = predicted
     record = read_folds(run / "turned")[1]
