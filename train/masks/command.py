@@ -9,7 +9,7 @@ from pathlib import Path
 from prep.competition import PHASE_OPTIONS
 from prep.files import write_json
 from prep.text import plural
-from solution import InputError, find_weights, warn
+from solution import InputError, find_weights, usable_cores, warn
 from train.masks.files import VALUES_OPTIONS
 from train.masks.score import format_scores, score_masks
 from train.run import describe_seen
@@ -110,7 +110,7 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-area", type=float, default=0.01, metavar="KM2", help="smallest glacier; default: %(default)s"
     )
     parser.add_argument("--smooth", action="store_true", help="smooth the steps of pixels in the outlines")
-    parser.add_argument("--jobs", type=int, default=1, help="scenes at the same time; default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="scenes at once; 0: one a core; default: 1")
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster for several scenes")
 
 
@@ -127,7 +127,7 @@ def run_map(arguments: argparse.Namespace) -> int:
         raise InputError("no scene; name a Landsat folder or tar, or five rasters after --bands")
     chosen = (arguments.keep_clouds, arguments.aoi, arguments.min_area, arguments.smooth)
     settings = Settings(find_weights(arguments.weights), *chosen)
-    faults = map_scenes(scenes, arguments.out, settings, Resources(arguments.jobs, arguments.dask))
+    faults = map_scenes(scenes, arguments.out, settings, Resources(arguments.jobs or usable_cores(), arguments.dask))
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     if len(faults) < len(scenes):
