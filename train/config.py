@@ -107,8 +107,8 @@ class OptimConfig:
     weight_decay: float = 1e-2  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: unlimited
     warmup_steps: int = 40  # the learning rate rises linearly over these steps
-    # After the warm-up: "cosine" falls to 0 at the run's last step; "plateau" is multiplied by plateau_factor
-    # after more than plateau_patience epochs without a better val_mcc.
+    # After the warm-up: "cosine" falls to 0 at the run's last step; "constant" stays, and the average of the weights
+    # settles instead; "plateau" is multiplied by plateau_factor after plateau_patience epochs without a better val_mcc.
     schedule: str = "cosine"
     plateau_factor: float = 0.5  # see schedule
     plateau_patience: int = 3  # epochs; see schedule
@@ -365,7 +365,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "pack.max_mb": (0, ANY, "()"),
 }
 CHOICES = {
-    "optim.schedule": ("cosine", "plateau"),
+    "optim.schedule": ("cosine", "constant", "plateau"),
     "train.keep": ("best", "last"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "trainer.precision": ("auto", "32", "bf16", "16"),

@@ -186,9 +186,12 @@ def _run_lightning(
 def require_unscored(config: Config) -> None:
     """Raise ConfigError where a setting follows the score, which a network of all tiles has not."""
     found = flatten(to_dict(config))
-    for key, expected in (("train.keep", "last"), ("train.early_stop", 0), ("optim.schedule", "cosine")):
-        if found[key] != expected:
-            raise ConfigError(f"{key} is {found[key]}, expected {expected} where no tile is held out")
+    schedules = ("cosine", "constant")
+    for key, expected in (("train.keep", ("last",)), ("train.early_stop", (0,)), ("optim.schedule", schedules)):
+        if found[key] not in expected:
+            raise ConfigError(
+                f"{key} is {found[key]}, expected {' or '.join(map(str, expected))} where no tile is held out"
+            )
 
 
 def arch_of(config: Config) -> dict:

@@ -141,8 +141,12 @@ class SegmentationModule(pl.LightningModule):
         """Return AdamW and the schedulers of its learning rate."""
         optim = self.config.optim
         optimizer = torch.optim.AdamW(self._parameter_groups(), lr=optim.lr, weight_decay=optim.weight_decay)
-        make = {"plateau": self._plateau_schedule, "cosine": self._cosine_schedule}[optim.schedule]
-        return [optimizer], make(optimizer)
+        if optim.schedule == "plateau":
+            return [optimizer], self._plateau_schedule(optimizer)
+        steps = self.config.train.epochs * self.config.data.steps_per_epoch
+        total = steps if optim.schedule == "cosine" else math.inf
+        schedule = LambdaLR(optimizer, partial(warmup_and_cosine, warmup=optim.warmup_steps, total=total))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def _parameter_groups(self) -> list[dict]:
         """Return all parameters in one group, or the encoder's in a second one with its own learning rate."""
@@ -173,16 +177,9 @@ class SegmentationModule(pl.LightningModule):
             schedulers.append({"scheduler": warmup, "interval": "step"})
         return schedulers
 
-    def _cosine_schedule(self, optimizer: Optimizer) -> list[dict]:
-        """Return the warm-up and the fall to 0 at the last step of all epochs."""
-        warmup = self.config.optim.warmup_steps
-        total = self.config.train.epochs * self.config.data.steps_per_epoch
-        schedule = LambdaLR(optimizer, partial(warmup_and_cosine, warmup=warmup, total=total))
-        return [{"scheduler": schedule, "interval": "step"}]
 
-
-def warmup_and_cosine(step: int, warmup: int, total: int) -> float:
-    """Return the factor of the learning rate after `step` steps: a linear rise, then half a cosine to 0.
+def warmup_and_cosine(step: int, warmup: int, total: float) -> float:
+    """Return the factor of the learning rate after `step` steps: a linear rise, then half a cosine to 0 at `total`.
 
     Loshchilov and Hutter 2017, arXiv 1608.03983, without restarts.
     """

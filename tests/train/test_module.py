@@ -42,6 +42,19 @@ def test_cosine_rises_in_the_warm_up_and_ends_at_zero():
     assert rates == pytest.approx([0.25, 0.5, 0.75, *falling])
 
 
+@pytest.mark.parametrize("schedule, last", [("cosine", 0.0), ("constant", 1e-3)])
+def test_a_schedule_ends_where_it_says(store, schedule, last):
+    settings = (f"optim.schedule={schedule}", "optim.warmup_steps=4", "optim.lr=1e-3", "train.epochs=9")
+    module = SegmentationModule(smoke_config(store, *settings))
+    (optimizer,), (schedule_by_step,) = module.configure_optimizers()
+    rates = []
+    for _ in range(module.config.train.epochs * module.config.data.steps_per_epoch + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule_by_step["scheduler"].step()
+    assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3]) and rates[-1] == pytest.approx(last)
+
+
 def test_plateau_has_a_linear_warm_up(store):
     settings = ("optim.schedule=plateau", "optim.warmup_steps=4", "optim.lr=1e-3")
     (optimizer,), schedulers = SegmentationModule(smoke_config(store, *settings)).configure_optimizers()
