@@ -46,6 +46,7 @@ from train.run import (
     fold_folder,
     name_of,
     read_record,
+    require_same_tiles,
     versions,
 )
 
@@ -131,12 +132,7 @@ def finished_record(config: Config, fold: Fold, run_dir: Path) -> Optional[dict]
     if not (folder / FOLD_FILE).is_file():
         return None
     record = read_record(folder / FOLD_FILE)
-    found, now = record.get("fingerprint"), TileStore(config.data.store).fingerprint
-    if found != now:
-        raise RunError(
-            f"{folder}: was trained on data with fingerprint {found}, and {config.data.store} has {now} now. "
-            f"Name another run with --run, or remove {folder} to train it again."
-        )
+    require_same_tiles(record, TileStore(config.data.store), folder)
     if is_first_process(config):
         say(f"{run_dir.name}, {name_of(fold)}: already finished, val_mcc {record['val_mcc']:.4f}")
     return record

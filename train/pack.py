@@ -108,8 +108,8 @@ def stored_members(run_dir: Path, config: Config, store: TileStore) -> tuple[lis
         records = [read_fold(fold_folder(folder, ALL) / FOLD_FILE)] if member.ship == "all" else read_folds(folder)
         for record in records:
             require_made_by(settings, store, record, folder)
-        late = {ALL} if member.ship == ALL else set(folds_of_scheme(store, settings.data.scheme))
-        if late := late - {record["fold"] for record in records}:
+        late = set(folds_of_scheme(store, settings.data.scheme)) - {record["fold"] for record in records}
+        if late and member.ship != ALL:
             raise RunError(f"{folder}: fold {', '.join(map(str, sorted(late)))} not finished; train it with `fit`")
         members += [as_stored(record, member.weight / len(records)) for record in records]
         views += [member.views] * len(records)

@@ -42,6 +42,7 @@ from train.run import (
     fold_folder,
     is_fresh,
     read_folds,
+    require_same_tiles,
 )
 
 
@@ -107,22 +108,23 @@ def require_made_by(config: Config, store: TileStore, record: Mapping, folder: P
             f"{fold}: was trained with other settings than the recipe in {', '.join(keys)}; name the recipe of this "
             "run with --recipe, or another --run"
         )
-    if record["fingerprint"] != store.fingerprint:
-        raise RunError(f"{fold}: was trained on other tiles than {store.folder} holds now; train it again")
+    require_same_tiles(record, store, fold_folder(folder, record["fold"]))
 
 
 def score_inputs(run_dir: Path, config: Config, store: TileStore) -> dict[str, int]:
     """Predict every held-out tile with every member and the kind; return the fold of each tile that all have."""
     run_dir = Path(run_dir)
     there = {path.parents[1].name for path in run_dir.glob(f"*/fold*/{FOLD_FILE}")} - {KIND_FOLDER}
-    if more := ", ".join(sorted(there - members_of(config).keys())):
+    members = members_of(config)
+    if more := ", ".join(sorted(there - members.keys())):
         raise RunError(f"{run_dir}: holds {more} too; name the recipe of this run with --recipe, or remove that folder")
     common: dict[str, int] = {}
-    for number, (name, (_, settings)) in enumerate(members_of(config).items()):
-        for record in read_folds(run_dir / name):
+    for number, (name, (_, settings)) in enumerate(members.items()):
+        records = read_folds(run_dir / name)
+        for record in records:
             require_made_by(settings, store, record, run_dir / name)
         predict_member(run_dir / name, store)
-        of_member = {t: record["fold"] for record in read_folds(run_dir / name) for t in record["val_tiles"]}
+        of_member = {t: record["fold"] for record in records for t in record["val_tiles"]}
         common = {t: fold for t, fold in of_member.items() if number == 0 or common.get(t) == fold}
     for fold in sorted(set(common.values())):
         kind.read_kind(config, store, fold_folder(run_dir / KIND_FOLDER, fold) / FOLD_FILE)

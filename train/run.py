@@ -6,11 +6,11 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Collection, Union
+from typing import Any, Collection, Mapping, Union
 
 import torch
 
-from prep.store import name_some
+from prep.store import TileStore, name_some
 from solution import KitError, read_model_file
 
 # A network's fold: the number of the fold of tiles that it never saw, or ALL where it saw every tile.
@@ -98,6 +98,16 @@ def read_fold(path: Path) -> dict[str, Any]:
     if found != FOLD_FORMAT:
         raise RunError(f"{path}: format {found!r}, expected {FOLD_FORMAT!r}; remove it and train it again")
     return record
+
+
+def require_same_tiles(record: Mapping[str, Any], store: TileStore, folder: Path) -> None:
+    """Raise RunError where a fold in `folder` was trained on other tiles than the store holds now."""
+    found, now = record.get("fingerprint"), store.fingerprint
+    if found != now:
+        raise RunError(
+            f"{folder}: was trained on data with fingerprint {found}, and {store.folder} has {now} now. "
+            f"Name another run with --run, or remove {folder} to train it again."
+        )
 
 
 def read_record(path: Path) -> dict[str, Any]:

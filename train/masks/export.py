@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Iterable, Mapping, NamedTuple, Optional
 
 import geopandas
-import numpy as np
 import pandas
 from tqdm import tqdm
 
+from prep.label_files import LabelFile
 from prep.text import NONE
 from solution import (
     CLASS_NAMES,
@@ -21,7 +21,7 @@ from solution import (
     to_mask,
     warn,
 )
-from train.masks.files import Masks, read_mask, survey_masks
+from train.masks.files import Masks, find_mask, read_classes, survey_masks
 from train.masks.georeference import Georeference, georeference_of, open_raster
 from train.masks.outlines import to_polygons, write_geopackage
 from train.masks.rasters import Layout, write_raster
@@ -60,11 +60,10 @@ def export_masks(masks: Path, data: Path, out: Path) -> Exported:
     if out.is_dir() and masks.is_dir() and out.samefile(masks):
         raise InputError(f"{out}: holds the masks to export, which would be overwritten; name another folder")
     found, out = survey_masks(masks, only=[tile.tile_id for tile in tiles]), prepare_output(out, data)
-    for tile in tiles:  # all are checked before any is written
-        _read_fitting(found, tile)
+    fitting = [_find_fitting(found, tile) for tile in tiles]  # all are checked before any is written
     rasters, frames, without = [], [], []
-    for tile in tqdm(tiles, desc="masks", unit="tile", disable=None):
-        classes, place = _read_fitting(found, tile)
+    for tile, (mask, place) in zip(tqdm(tiles, desc="masks", unit="tile", disable=None), fitting):
+        classes = read_classes(mask, found.values)
         layout = Layout(classes.shape, ("glacier class",), values=VALUES)  # no nodata: 0 is other or not seen
         rasters.append(write_raster(out / f"{tile.tile_id}.tif", place, layout, [(0, to_mask(classes)[None])]))
         if place:
@@ -77,14 +76,14 @@ def export_masks(masks: Path, data: Path, out: Path) -> Exported:
     return Exported(rasters, layers, write_geopackage(layers, out / POLYGON_FILE), without)
 
 
-def _read_fitting(masks: Masks, tile: TileFiles) -> tuple[np.ndarray, Optional[Georeference]]:
-    """Return a tile's class indices (H, W), of the size of its bands, and the place that these state."""
+def _find_fitting(masks: Masks, tile: TileFiles) -> tuple[LabelFile, Optional[Georeference]]:
+    """Return a tile's mask, of the size of its bands, and the place that these state."""
     places, shapes = [], []
     for path in filter(None, tile.paths):
         with open_raster(path) as raster:
             places.append(georeference_of(raster))
             shapes.append(raster.shape)
-    return read_mask(masks, tile, shapes[0]), next(filter(None, places), None)
+    return find_mask(masks, tile, shapes[0]), next(filter(None, places), None)
 
 
 def as_layers(frames: Iterable[geopandas.GeoDataFrame]) -> dict[str, geopandas.GeoDataFrame]:

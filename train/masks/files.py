@@ -66,11 +66,8 @@ def read_classes(mask: LabelFile, values: str) -> np.ndarray:
     return label_files.to_codes(pixels, "phase2")
 
 
-def read_mask(masks: Masks, tile: TileFiles, shape: Sequence[int]) -> np.ndarray:
-    """Return the class indices (H, W) uint8 of the mask of a tile of this shape, found by its tile id.
-
-    Raises InputError where there is none, or it has another size.
-    """
+def find_mask(masks: Masks, tile: TileFiles, shape: Sequence[int]) -> LabelFile:
+    """Return the mask of a tile of this shape, found by its tile id. InputError: there is none, or of another size."""
     mask = masks.files.get(tile.tile_id)
     if mask is None:
         found = name_some(sorted(masks.files))
@@ -79,7 +76,12 @@ def read_mask(masks: Masks, tile: TileFiles, shape: Sequence[int]) -> np.ndarray
         raise InputError(
             f"{mask.path}: {describe(mask.shape)}, expected {describe(shape)} as in {tile.name}; write it at that size"
         )
-    return read_classes(mask, masks.values)
+    return mask
+
+
+def read_mask(masks: Masks, tile: TileFiles, shape: Sequence[int]) -> np.ndarray:
+    """Return the class indices (H, W) uint8 of the mask that `find_mask` finds; errors as there."""
+    return read_classes(find_mask(masks, tile, shape), masks.values)
 
 
 def raise_problems(problems: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from solution import (
     MOST_PIXELS,
     InputError,
     TileFiles,
+    convert_units,
     find_tiles,
     judge_units,
     measured,
@@ -202,10 +203,9 @@ def read_rows(scene: Scene, top: int, bottom: int, keep_clouds: bool = True) -> 
     """
     window = Window(0, top, scene.shape[1], bottom - top)
     image = np.empty((bottom - top, scene.shape[1], len(BANDS)), np.float32)
-    for index, (band, path) in enumerate(zip(BANDS, scene.bands)):
-        values = to_physical(_read_band(path, window), band)
-        values[values < band.offset] = np.nan  # less than a Level-2 number can say
-        image[..., index] = values
+    for index, path in enumerate(scene.bands):
+        image[..., index] = _read_band(path, window)
+    convert_units(image, "dn", scene.name)
     if scene.quality:
         bits = _read(scene.quality, window).data
         image[(bits & (FILL if keep_clouds else FILL | CLOUDS)) > 0] = np.nan
